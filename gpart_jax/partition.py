@@ -1,0 +1,281 @@
+"""Who shares a coordinate of theta: the partition of N adapted weights into d groups.
+
+A partition is a function of (scheme, scope, seed, d, canonical layout) alone, defined by integer arithmetic, so that a
+saved adapter means the same for ever, on every backend, under every sharding. `group_ids` is the definition in NumPy;
+`slots` and `chunks` are what compiled programs use of it, and tests hold the three together.
+
+Write s(k, j) for output j of the SplitMix64 generator started at k (`uint64.stream_host`).
+
+balanced-v1 (default). Element i is in chunk c = i // d at position r = i % d, and in the group
+    rho[k_c][(r + o_c) mod d].
+  Table keys are s(seed, 0) ... s(seed, 7); rho[k] is the stable argsort of s(key_k, 0 ... d-1). With
+  h_c = s(s(seed, 8), c): k_c = h_c mod 8, o_c = (h_c >> 32) mod d. A whole chunk meets every group once, so sizes differ
+  by at most one and none is empty: P^T P = I holds by construction.
+
+splitmix64. group = mix(i + seed + GAMMA) mod d, the "stateless" backend of the authors' PyTorch release, bit for bit.
+  Sizes are multinomial and a group may be empty; it is then scaled by 1, as it is there.
+
+Scopes. "global" numbers all N elements together. "block" gives each of the B numbered blocks (`layer_3/...`, or each layer
+of a stacked leaf) a slice of theta of d // B numbers, the first d % B blocks one more; block b is a partition of its own
+with the seed s(seed, 9 + b).
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpart_jax import uint64
+from gpart_jax.targets import Layout, Leaf
+
+SCHEMES = ("balanced-v1", "splitmix64")
+SCOPES = ("global", "block")
+TABLES = 8  # K, the number of permutations of balanced-v1
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A leaf of the layout, or one layer of a stacked leaf, as numbered in its region."""
+
+    leaf: Leaf  # shape and strides of the view, offset within the region
+    layer: int | None  # which layer of the stacked leaf at `leaf.path`; None for the whole leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Elements 0 ... size-1 that share the slice [start, start + d) of theta: all of them, or one block's."""
+
+    scheme: str
+    seed: int
+    start: int
+    d: int
+    views: tuple[View, ...]
+
+    @property
+    def size(self) -> int:
+        """How many elements the region numbers."""
+        return sum(view.leaf.size for view in self.views)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["permutations", "scales"],
+    meta_fields=["scheme", "scope", "seed", "d", "isometric", "layout", "regions"],
+)
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """A partition with its tables: a pytree to pass to a compiled program in place of the seed.
+
+    permutations: per region, rho, int32 of shape (8, d_region); shape (0, d_region) for splitmix64.
+    scales: per region, the value of the non-zeros in each column of P, float32 of shape (d_region,): 1 / sqrt(n_g), or 1
+      where `isometric` is false.
+    """
+
+    permutations: tuple
+    scales: tuple
+    scheme: str
+    scope: str
+    seed: int
+    d: int
+    isometric: bool
+    layout: Layout
+    regions: tuple[Region, ...]
+
+
+def make_partition(
+    layout: Layout, d: int, seed, *, scheme: str = "balanced-v1", scope: str = "global", isometric: bool = True
+) -> Partition:
+    """The partition of `layout` into d groups.
+
+    Args:
+      layout: the canonical layout, from `canonical_layout(params, targets)`.
+      d: the number of groups, 1 <= d <= N.
+      seed: an int in [0, 2^64), or a concrete `jax.random` key of two words, read as one 64-bit number (so the key of
+        `jax.random.key(42)` is the seed 42).
+      scheme: "balanced-v1" or "splitmix64".
+      scope: "global" or "block".
+      isometric: scale column g by 1 / sqrt(n_g), so that P^T P = I (arXiv 2605.14841); False leaves ones (ablation).
+
+    Returns:
+      A `Partition` whose tables are NumPy arrays of 4 * 9 * d bytes in all. The last 16 results are kept in memory.
+
+    Raises:
+      ValueError: an unknown scheme or scope, a seed or d out of range, or no numbered blocks for scope "block".
+      TypeError: a seed that is traced or not an integer.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"Unknown scheme {scheme!r}. Choose one of {', '.join(SCHEMES)}.")
+    if scope not in SCOPES:
+        raise ValueError(f"Unknown scope {scope!r}. Choose one of {', '.join(SCOPES)}.")
+    try:
+        d = operator.index(d)
+    except TypeError:
+        raise TypeError(f"d must be an integer, not {d!r}.") from None
+    if not 1 <= d <= layout.size:
+        raise ValueError(f"d = {d} must be between 1 and N = {layout.size}, the number of adapted weights.")
+    if d >= 2**28:
+        raise ValueError(f"d = {d} must be below 2^28, so that 8 tables of d entries have 32-bit positions.")
+    return _make_partition(layout, d, seed_to_int(seed), scheme, scope, bool(isometric))
+
+
+@functools.lru_cache(maxsize=16)
+def _make_partition(layout, d, seed, scheme, scope, isometric):
+    regions = _block_regions(layout, d, seed, scheme) if scope == "block" else _global_region(layout, d, seed, scheme)
+    permutations = tuple(_permutations(region) for region in regions)
+    scales = []
+    for region, rho in zip(regions, permutations):
+        sizes = group_sizes(region, rho)
+        scale = 1 / np.sqrt(np.maximum(sizes, 1)) if isometric else np.ones(region.d)
+        scales.append(scale.astype(np.float32))
+    return Partition(permutations, tuple(scales), scheme, scope, seed, d, isometric, layout, regions)
+
+
+def seed_to_int(seed) -> int:
+    """The seed as a Python int in [0, 2^64)."""
+    if isinstance(seed, jax.core.Tracer):
+        raise TypeError(
+            "The seed is traced, but the partition is made on the host. Close over a concrete seed, mark it static, "
+            "or pass a Partition from make_partition() as the argument instead."
+        )
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        words = np.asarray(jax.random.key_data(seed), np.uint64)
+        if words.shape != (2,):
+            raise TypeError(f"A key as seed must have 2 words of 32 bits, not shape {words.shape}. Pass an int instead.")
+        return (int(words[0]) << 32) | int(words[1])
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"The seed must be an int, a two-word jax.random key, or a Partition, not {seed!r}.") from None
+    if not 0 <= number < 2**64:
+        raise ValueError(f"The seed {number} must be in [0, 2^64). For a negative seed of the authors' release add 2^64.")
+    return number
+
+
+def group_ids(region: Region, index, rho=None) -> np.ndarray:
+    """The definition: groups of the elements with the given indices, in NumPy.
+
+    Args:
+      region: a region of a partition (`partition.regions[0]` for scope "global").
+      index: indices in the region, any shape, read as uint64.
+      rho: the region's permutations, if at hand.
+
+    Returns:
+      int64 group ids in [0, region.d), of the shape of `index`.
+    """
+    index, d = np.asarray(index, np.uint64), np.uint64(region.d)
+    if region.scheme == "splitmix64":
+        return (uint64.mix_host(index + np.uint64(_splitmix64_offset(region))) % d).astype(np.int64)
+    rho = _permutations(region) if rho is None else rho
+    k, o = chunks(region, index // d)
+    return rho[k, (index % d + o.astype(np.uint64)) % d].astype(np.int64)
+
+
+def chunks(region: Region, c) -> tuple[np.ndarray, np.ndarray]:
+    """balanced-v1's table number k_c and rotation o_c of the chunks with numbers c: int32 arrays of c's shape."""
+    h = uint64.stream_host(_chunk_key(region), c)
+    return (h % np.uint64(TABLES)).astype(np.int32), ((h >> np.uint64(32)) % np.uint64(region.d)).astype(np.int32)
+
+
+def group_sizes(region: Region, rho=None) -> np.ndarray:
+    """Number of elements in each group, int64 of shape (region.d,)."""
+    if region.scheme == "balanced-v1":  # known without looking at the elements: whole chunks, and what is left
+        whole, rest = divmod(region.size, region.d)
+        sizes = np.full(region.d, whole, np.int64)
+        sizes[group_ids(region, np.arange(region.size - rest, region.size, dtype=np.uint64), rho)] += 1
+        return sizes
+    sizes = np.zeros(region.d, np.int64)
+    for start in range(0, region.size, 2**22):  # the only pass over N, and once
+        index = np.arange(start, min(start + 2**22, region.size), dtype=np.uint64)
+        sizes += np.bincount(group_ids(region, index), minlength=region.d)
+    return sizes
+
+
+def slots(region: Region, leaf: Leaf) -> jax.Array:
+    """Where each element of a leaf finds its value: positions in the region's flattened table, in a compiled program.
+
+    The table is rho applied to scaled theta, (8, d), for balanced-v1, and scaled theta itself, (d,), for splitmix64.
+
+    Returns:
+      int32 of `leaf.shape`. Computed element by element from one small table for each axis, exactly for any N < 2^64.
+    """
+    shape, steps = leaf.shape or (1,), leaf.strides or (0,)
+    along = [np.arange(n, dtype=np.uint64) * np.uint64(step) for n, step in zip(shape, steps)]
+    along[0] = along[0] + np.uint64(leaf.offset)
+    if region.scheme == "splitmix64":
+        index = functools.reduce(uint64.add, (_on_axis(uint64.split(x), k, len(shape)) for k, x in enumerate(along)))
+        slot = uint64.remainder(uint64.mix(uint64.add(index, uint64.split(_splitmix64_offset(region)))), region.d)
+    else:
+        d = np.uint32(region.d)
+        c, r = None, None  # mixed radix: index = c * d + r, so that no element needs a 64-bit division
+        for k, x in enumerate(along):
+            quotient, rest = np.divmod(x, np.uint64(region.d))
+            *quotient, rest = _on_axis((*uint64.split(quotient), rest.astype(np.uint32)), k, len(shape))
+            if c is None:
+                c, r = quotient, rest
+            else:
+                r = r + rest
+                carry = (r >= d).astype(jnp.uint32)
+                c, r = uint64.add(uint64.add(c, quotient), (jnp.zeros_like(carry), carry)), r - carry * d
+        step = uint64.multiply(uint64.add(c, uint64.split(1)), uint64.GAMMA)
+        high, low = uint64.mix(uint64.add(step, uint64.split(_chunk_key(region))))
+        rotated = r + high % d
+        slot = low % np.uint32(TABLES) * d + jnp.where(rotated >= d, rotated - d, rotated)
+    return slot.astype(jnp.int32).reshape(leaf.shape)
+
+
+def _on_axis(arrays, axis: int, ndim: int):
+    """1-D tables laid along `axis`. The barrier keeps XLA from folding N constants into the program."""
+    shape = [-1 if k == axis else 1 for k in range(ndim)]
+    return tuple(a.reshape(shape) for a in jax.lax.optimization_barrier(tuple(jnp.asarray(a) for a in arrays)))
+
+
+def _permutations(region: Region) -> np.ndarray:
+    count = TABLES if region.scheme == "balanced-v1" else 0
+    hashes = [uint64.stream_host(uint64.stream_host(region.seed, k), np.arange(region.d)) for k in range(count)]
+    rows = [np.argsort(h, kind="stable") for h in hashes]
+    return np.array(rows, np.int32).reshape(count, region.d)
+
+
+def _chunk_key(region: Region) -> int:
+    return int(uint64.stream_host(region.seed, TABLES))
+
+
+def _splitmix64_offset(region: Region) -> int:
+    return (region.seed + uint64.GAMMA) & uint64.MASK
+
+
+def _global_region(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Region, ...]:
+    return (Region(scheme, seed, 0, d, tuple(View(leaf, None) for leaf in layout.leaves)),)
+
+
+def _block_regions(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Region, ...]:
+    blocks: dict[int, list[View]] = {}
+    for leaf in layout.leaves:
+        if leaf.stacked:
+            for number, layer in enumerate(leaf.layers()):
+                blocks.setdefault(number, []).append(View(layer, number))
+            continue
+        match = re.search(r"(\d+)(/|$)", leaf.path)
+        if not match:
+            raise ValueError(
+                f"scope='block' needs leaves of numbered blocks (layer_3/..., layers/3/..., or stacked leaves), "
+                f"but {leaf.path!r} has no number. Narrow the targets, or use scope='global'."
+            )
+        blocks.setdefault(int(match.group(1)), []).append(View(leaf, None))
+    regions, start = [], 0
+    for b, (_, views) in enumerate(sorted(blocks.items())):
+        share = d // len(blocks) + (b < d % len(blocks))
+        offset, renumbered = 0, []
+        for view in sorted(views, key=lambda view: view.leaf.offset):
+            renumbered.append(View(dataclasses.replace(view.leaf, offset=offset), view.layer))
+            offset += view.leaf.size
+        if not 1 <= share <= offset:
+            raise ValueError(f"scope='block' gives block {b} of {len(blocks)} {share} of d = {d} for its {offset} weights.")
+        regions.append(Region(scheme, int(uint64.stream_host(seed, TABLES + 1 + b)), start, share, tuple(renumbered)))
+        start += share
+    return tuple(regions)
