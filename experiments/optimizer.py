@@ -1,0 +1,56 @@
+"""AdamW with a learning rate for theta and one for the head, as all recipes of the paper have it."""
+
+import jax
+import optax
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def make_optimizer(
+    total_steps: int,
+    *,
+    lr: float,
+    head_lr: float,
+    weight_decay: float = 0.0,
+    schedule: str = "linear",
+    warmup: float = 0.06,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with two learning rates.
+
+    Args:
+      total_steps: of the whole training.
+      lr: peak learning rate of everything but the head.
+      head_lr: peak learning rate of the leaves under trainable["head"].
+      weight_decay: on theta and on matrices; never on biases and norms (one-dimensional model leaves).
+      schedule: "linear" or "cosine" decay to zero, or "constant".
+      warmup: fraction of the steps in which the rate rises linearly from zero.
+
+    Raises:
+      ValueError: an unknown schedule, or a warmup outside [0, 1].
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"Unknown schedule {schedule!r}. Choose one of {', '.join(SCHEDULES)}.")
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"warmup = {warmup} is a fraction of the steps; it must be in [0, 1].")
+
+    def adamw(peak):
+        return optax.adamw(_schedule(schedule, peak, total_steps, round(warmup * total_steps)), weight_decay=weight_decay, mask=_decays)
+
+    return optax.partition({"head": adamw(head_lr), "main": adamw(lr)}, _labels)
+
+
+def _schedule(name: str, peak: float, total: int, warmup: int) -> optax.Schedule:
+    decay = {
+        "linear": lambda steps: optax.linear_schedule(peak, 0.0, steps),
+        "cosine": lambda steps: optax.cosine_decay_schedule(peak, steps),
+        "constant": lambda steps: optax.constant_schedule(peak),
+    }[name](max(1, total - warmup))
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), decay], [warmup])
+
+
+def _labels(trainable):
+    return {name: jax.tree.map(lambda _: "head" if name == "head" else "main", part) for name, part in trainable.items()}
+
+
+def _decays(trainable):
+    return {name: jax.tree.map(lambda x: name == "theta" or x.ndim > 1, part) for name, part in trainable.items()}

@@ -1,0 +1,30 @@
+"""GPart beside LoRA and a trained head alone, on the quickstart task: three runs, one table, one picture.
+
+  python -m experiments.quickstart
+
+Stop it at any time and run it again: finished runs are kept, and an unfinished one goes on.
+"""
+
+import pathlib
+
+from absl import app, flags
+
+from configs import quickstart
+from experiments import report
+from experiments.train import train
+
+METHODS = ("gpart", "lora", "head")
+
+
+def main(_):
+    workdir = pathlib.Path(flags.FLAGS.workdir)
+    results = [train(quickstart.get_config(method), workdir / method) for method in METHODS]
+    report.print_table(results)
+    picture = workdir / "quickstart.png"
+    report.draw([workdir / method for method in METHODS], picture)
+    print(f"Picture: {picture}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/quickstart", "Directory for the three runs and the picture.")
+    app.run(main)

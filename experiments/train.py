@@ -1,0 +1,198 @@
+"""Trains one method on one task; run the same command again to go on from the last checkpoint.
+
+  python -m experiments.train --config=configs/quickstart.py --config.method.d=1024 --workdir=runs/d1024
+
+The workdir then holds: config.json; checkpoints/ (what is trained, its optimizer, the data position, the RNG; never the
+frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best epoch); results.json; predictions.jsonl.
+"""
+
+import functools
+import json
+import math
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import config as configs
+from experiments import data, evaluate
+from experiments.checkpoint import Checkpoints, Interrupt, claim_workdir, write_json
+from experiments.logger import Logger
+from experiments.optimizer import make_optimizer
+from gpart_jax import load_adapter, save_adapter
+from gpart_jax.methods import from_spec, trained_numbers
+
+
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
+    """Trains to the end, or goes on where an earlier run in `workdir` stopped.
+
+    Returns:
+      The results, as written to `workdir/results.json`.
+
+    Raises:
+      ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config.
+      FloatingPointError: the loss is no longer finite.
+      SystemExit: with code 143, after a checkpoint was saved because of SIGTERM or Ctrl-C.
+    """
+    configs.check(config)
+    method = from_spec(config.method.to_dict(), config.head_targets)
+    claim_workdir(config, workdir)
+    if (workdir / "results.json").exists():
+        print(f"{workdir} is finished; see its results.json.")
+        return json.loads((workdir / "results.json").read_text())
+
+    experiment = evaluate.build(config)
+    model, frozen, task = experiment
+    steps_per_epoch = len(task.train) // config.train.batch_size
+    total_steps = config.train.epochs * steps_per_epoch
+    optimizer = make_optimizer(total_steps, **config.optimizer)
+    batches = data.train_batches(
+        task.train, config.train.batch_size, config.train.epochs, config.seed, model.config.pad_token_id
+    )
+
+    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    trainable = method.init(frozen, init_key)
+    state = {
+        "step": 0,
+        "trainable": trainable,
+        "optimizer": optimizer.init(trainable),
+        "key": jax.random.key_data(dropout_key),
+        "best": {"trainable": trainable, "score": -math.inf, "epoch": 0},
+    }
+
+    @functools.partial(jax.jit, donate_argnames=("trainable", "optimizer_state"))
+    def train_step(trainable, optimizer_state, frozen, batch, key, step):
+        method_key, model_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(key), step))
+
+        def loss_fn(trainable):
+            params = method.apply(frozen, trainable, method_key)
+            logits = model.apply(
+                {"params": params}, batch["input_ids"], batch["attention_mask"], train=True, rngs={"dropout": model_key}
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+        loss, gradient = jax.value_and_grad(loss_fn)(trainable)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
+        return optax.apply_updates(trainable, updates), optimizer_state, loss
+
+    adapt = jax.jit(method.apply)
+
+    def score(examples, trainable) -> tuple[float, np.ndarray]:
+        logits = evaluate.predict(experiment, adapt(frozen, trainable), examples, config.train.eval_batch_size)
+        return evaluate.score(task, examples, logits), logits
+
+    with Checkpoints(workdir) as checkpoints, Interrupt() as interrupt:
+        state = jax.tree.map(np.array, checkpoints.restore(state, batches))
+        step = int(state["step"])
+        with Logger(workdir, config.method.name, step, total_steps) as logger:
+            if step:
+                logger.say(f"goes on after step {step} of {total_steps}")
+            watch, losses = Stopwatch(), []
+            while step < total_steps:
+                state["trainable"], state["optimizer"], loss = train_step(
+                    state["trainable"], state["optimizer"], frozen, next(batches), state["key"], step
+                )
+                step += 1
+                losses.append(loss)
+                logger.advance(step)
+                watch.step()
+
+                if step % config.train.log_every == 0 or step % steps_per_epoch == 0:
+                    mean = float(jnp.stack(losses).mean())
+                    if not math.isfinite(mean):
+                        raise FloatingPointError(f"The loss is {mean} at step {step}. Lower config.optimizer.lr.")
+                    logger.write(step, loss=mean, seconds_per_step=watch.lap())
+                    losses = []
+                if step % steps_per_epoch == 0:
+                    epoch = step // steps_per_epoch
+                    value, _ = score(task.validation, state["trainable"])
+                    if value > state["best"]["score"]:
+                        kept = jax.tree.map(np.array, state["trainable"])
+                        state["best"] = {"trainable": kept, "score": value, "epoch": epoch}
+                    logger.write(step, **{f"validation_{task.metric}": value})
+                    logger.say(
+                        f"epoch {epoch} of {config.train.epochs}  loss {mean:.4f}  validation {task.metric} {value:.4f}"
+                    )
+                    watch.restart()
+                if interrupt.requested or step % config.train.checkpoint_every == 0 or step == total_steps:
+                    checkpoints.save(state | {"step": step}, batches)
+                    watch.restart()
+                if interrupt.requested:
+                    checkpoints.wait()
+                    logger.say(f"{interrupt.requested}: saved step {step}. Run the same command to go on.")
+                    sys.exit(143)
+
+            # The test score is that of the adapter as it lies on disk, not of the arrays it was written from.
+            best, adapter = state["best"], workdir / "adapter.safetensors"
+            save_adapter(adapter, config.method.to_dict(), best["trainable"], frozen, config.head_targets)
+            _, loaded = load_adapter(adapter, frozen)
+            value, logits = score(task.test, loaded)
+            logger.say(f"test {task.metric} {value:.4f} with the adapter of epoch {best['epoch']}: {adapter}")
+
+    write_predictions(workdir / "predictions.jsonl", task.test, logits)
+    results = {
+        "method": config.method.name,
+        "task": config.task.name,
+        "seed": config.seed,
+        "metric": task.metric,
+        "test": value,
+        "validation": float(best["score"]),
+        "best_epoch": int(best["epoch"]),
+        "steps": total_steps,
+        "trained_numbers": trained_numbers(best["trainable"]),
+        "adapter_bytes": adapter.stat().st_size,
+        "seconds_per_step": watch.median(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+    write_json(workdir / "results.json", results)
+    return results
+
+
+class Stopwatch:
+    """Seconds a step, from laps of several steps that nothing else came between."""
+
+    def __init__(self):
+        self._laps = []
+        self.restart()
+
+    def restart(self) -> None:
+        self._steps, self._start = 0, time.perf_counter()
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def lap(self) -> float:
+        """Ends a lap, once its last step's result has been waited for."""
+        self._laps.append((time.perf_counter() - self._start) / self._steps)
+        self.restart()
+        return self._laps[-1]
+
+    def median(self) -> float | None:
+        """Over all laps but the first, which compiled the step; None if there is no other."""
+        return statistics.median(self._laps[1:]) if len(self._laps) > 1 else None
+
+
+def write_predictions(path: pathlib.Path, examples: list[dict], logits: np.ndarray) -> None:
+    """One JSON object a line: what is known of the example, the predicted label, the logits."""
+    with path.open("w") as file:
+        for example, row in zip(examples, logits):
+            known = {name: value for name, value in example.items() if name != "input_ids"}
+            file.write(json.dumps(known | {"prediction": int(row.argmax()), "logits": row.tolist()}) + "\n")
+
+
+def main(_):
+    train(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to train: a file of configs/.")
+    flags.DEFINE_string("workdir", None, "Directory for everything that the run writes.", required=True)
+    app.run(main)
