@@ -32,14 +32,14 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
     config.head_targets = "^classifier/"  # trained beside the method, with its own learning rate
 
     config.train = ml_collections.ConfigDict()
-    config.train.epochs = 5
+    config.train.epochs = 3
     config.train.batch_size = 32
     config.train.eval_batch_size = 128
     config.train.log_every = 20  # steps
     config.train.checkpoint_every = 100  # steps
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.lr = {"gpart": 5e-3, "lora": 1e-3, "head": 0.0}[method]
+    config.optimizer.lr = {"gpart": 1e-2, "lora": 1e-3, "head": 0.0}[method]  # peak, of all but the head
     config.optimizer.head_lr = 1e-3
     config.optimizer.weight_decay = 0.01
     config.optimizer.schedule = "linear"

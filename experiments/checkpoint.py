@@ -52,7 +52,9 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path):
         self._directory = workdir.absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        # Orbax would leave out a save, without a word, while the one before it is still being written.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_should_save_is_saving_in_progress_check=False)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self):
         return self
@@ -66,7 +68,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(jax.tree.map(np.array, state)),
             data=grain.checkpoint.CheckpointSave(batches),
         )
-        self._manager.save(state["step"], args=args)
+        if not self._manager.save(state["step"], args=args):
+            raise RuntimeError(f"Orbax did not save step {state['step']} in {self._directory}, which holds a later one.")
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

@@ -18,6 +18,7 @@ from flax import linen as nn
 from sklearn.metrics import accuracy_score
 
 from experiments import data
+from experiments.logger import quiet
 from gpart_jax import load_adapter
 from gpart_jax.models import pretrained
 
@@ -65,6 +66,7 @@ def score(task: data.Task, examples: list[dict], logits: np.ndarray) -> float:
 
 
 def main(_):
+    quiet()
     workdir, split = pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.split
     if not (workdir / "results.json").is_file():
         raise app.UsageError(f"{workdir} holds no finished run (no results.json). Train there first.")

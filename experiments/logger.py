@@ -6,6 +6,13 @@ import pathlib
 import rich.console
 import rich.progress
 import tensorboardX
+from absl import flags, logging
+
+
+def quiet() -> None:
+    """Lets libraries log warnings only, unless --verbosity asks for more: INFO lines would break up the live one."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
 
 
 class Logger:

@@ -11,12 +11,14 @@ from absl import app, flags
 
 from configs import quickstart
 from experiments import report
+from experiments.logger import quiet
 from experiments.train import train
 
 METHODS = ("gpart", "lora", "head")
 
 
 def main(_):
+    quiet()
     workdir = pathlib.Path(flags.FLAGS.workdir)
     results = [train(quickstart.get_config(method), workdir / method) for method in METHODS]
     report.print_table(results)

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from experiments import config as configs
 from experiments import data, evaluate
 from experiments.checkpoint import Checkpoints, Interrupt, claim_workdir, write_json
-from experiments.logger import Logger
+from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
 from gpart_jax import load_adapter, save_adapter
 from gpart_jax.methods import from_spec, trained_numbers
@@ -138,6 +138,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
             logger.say(f"test {task.metric} {value:.4f} with the adapter of epoch {best['epoch']}: {adapter}")
 
     write_predictions(workdir / "predictions.jsonl", task.test, logits)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     results = {
         "method": config.method.name,
         "task": config.task.name,
@@ -149,7 +150,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         "steps": total_steps,
         "trained_numbers": trained_numbers(best["trainable"]),
         "adapter_bytes": adapter.stat().st_size,
-        "seconds_per_step": watch.median(),
+        # The median leaves out the laps in which a step was compiled.
+        "seconds_per_step": statistics.median(row["seconds_per_step"] for row in rows if "seconds_per_step" in row),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     write_json(workdir / "results.json", results)
@@ -160,7 +162,6 @@ class Stopwatch:
     """Seconds a step, from laps of several steps that nothing else came between."""
 
     def __init__(self):
-        self._laps = []
         self.restart()
 
     def restart(self) -> None:
@@ -171,13 +172,9 @@ class Stopwatch:
 
     def lap(self) -> float:
         """Ends a lap, once its last step's result has been waited for."""
-        self._laps.append((time.perf_counter() - self._start) / self._steps)
+        seconds = (time.perf_counter() - self._start) / self._steps
         self.restart()
-        return self._laps[-1]
-
-    def median(self) -> float | None:
-        """Over all laps but the first, which compiled the step; None if there is no other."""
-        return statistics.median(self._laps[1:]) if len(self._laps) > 1 else None
+        return seconds
 
 
 def write_predictions(path: pathlib.Path, examples: list[dict], logits: np.ndarray) -> None:
@@ -189,6 +186,7 @@ def write_predictions(path: pathlib.Path, examples: list[dict], logits: np.ndarr
 
 
 def main(_):
+    quiet()
     train(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir))
 
 

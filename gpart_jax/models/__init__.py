@@ -1,0 +1,1 @@
+"""Flax models, and pretrained weights for them."""

@@ -1,0 +1,220 @@
+"""A BERT or RoBERTa encoder under a classification or regression head, in Flax Linen.
+
+BERT: arXiv 1810.04805. RoBERTa: arXiv 1907.11692. It computes what Hugging Face's `BertForSequenceClassification` and
+`RobertaForSequenceClassification` compute. Every projection is an `nn.Dense`, so an adapted weight has a path such as
+`layer_3/attention/query/kernel` and the shape (in, out).
+
+In the comments B is the batch, L the length, H the hidden size, A the number of heads and D = H / A the size of one.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": functools.partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
+FAMILIES = ("bert", "roberta")
+HF_NAMES = {  # fields of EncoderConfig that config.json calls otherwise
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "family": "model_type",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The shape of an encoder and its rates of dropout; hashable, so it can be a static argument of `jax.jit`.
+
+    Raises:
+      ValueError: an unknown family or activation, or heads that do not divide the hidden size.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_positions: int  # rows of the position table; RoBERTa cannot use the first pad_token_id + 1 of them
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    classifier_dropout: float | None = None  # None: as hidden_dropout
+    initializer_range: float = 0.02  # standard deviation of fresh weights
+    hidden_act: str = "gelu"
+    family: str = "bert"
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"family {self.family!r} is not supported. Use one of {', '.join(FAMILIES)}.")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported. Use one of {', '.join(ACTIVATIONS)}.")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}.")
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, in tokens: 512 for the published BERT and RoBERTa models."""
+        return self.max_positions - (self.pad_token_id + 1 if self.family == "roberta" else 0)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "EncoderConfig":
+        """The config that a Hugging Face `config.json`, read as a dict, describes.
+
+        Raises:
+          ValueError: it describes a model that this file does not compute, or leaves out one of its sizes.
+        """
+        family = config.get("model_type")
+        # Older files leave out what equals the defaults of their class.
+        defaults = {"position_embedding_type": "absolute", "is_decoder": False, "initializer_range": 0.02}
+        config = defaults | {"layer_norm_eps": 1e-12, "pad_token_id": 1 if family == "roberta" else 0} | config
+        supported = {"model_type": FAMILIES, "position_embedding_type": ("absolute",), "is_decoder": (False,)}
+        for name, values in supported.items():
+            if config.get(name) not in values:
+                known = " or ".join(map(repr, values))
+                raise ValueError(f"config.json has {name} {config.get(name)!r}; this encoder supports {known}.")
+        fields = {field.name: HF_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
+        missing = [name for name in fields.values() if config.get(name) is None and name != "classifier_dropout"]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}. Add what the model was trained with.")
+        return cls(**{field: config.get(name) for field, name in fields.items()})
+
+
+class EncoderClassifier(nn.Module):
+    """Token ids to the logits of each sequence, or to its score when num_labels is 1.
+
+    Call it as `model.apply({"params": params}, input_ids, attention_mask)`; to train, add `train=True` and
+    `rngs={"dropout": key}`. Weights are float32; `dtype` is what all but the head compute in.
+
+    Args:
+      input_ids: int (B, L); L is at most `config.max_length`.
+      attention_mask: int or bool (B, L); zero where a token is padding.
+      token_type_ids: int (B, L), which sentence of a pair a token is of; all 0 by default. BERT only.
+      train: whether dropout is on.
+
+    Returns:
+      float32 (B, num_labels).
+
+    Raises:
+      ValueError: sequences that are too long, or token types given to RoBERTa.
+    """
+
+    config: EncoderConfig
+    num_labels: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask, token_type_ids=None, *, train: bool = False) -> jax.Array:
+        config = self.config
+        hidden = Embeddings(config, self.dtype, name="embeddings")(input_ids, token_type_ids, train)  # (B, L, H)
+        for index in range(config.num_layers):
+            hidden = Layer(config, self.dtype, name=f"layer_{index}")(hidden, attention_mask, train)
+        first = hidden[:, 0]  # (B, H), of [CLS] or <s>
+        rate = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+        if config.family == "roberta":
+            return RobertaHead(config, self.num_labels, rate, name="classifier")(first, train)
+        pooled = nn.tanh(_dense(config, config.hidden_size, self.dtype, "pooler")(first))
+        # The head is float32 whatever dtype is: it is a sliver of the work, and bfloat16 leaves a score 3 digits.
+        return _dense(config, self.num_labels, jnp.float32, "classifier")(_dropout(rate, pooled, train))
+
+
+class Embeddings(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, input_ids, token_type_ids, train):
+        config = self.config
+        length = input_ids.shape[1]
+        if length > config.max_length:
+            raise ValueError(f"Sequences have {length} tokens, but the model takes {config.max_length}. Truncate them.")
+        if config.family == "roberta":
+            if token_type_ids is not None:
+                raise ValueError("RoBERTa has no token types; it tells a pair by its separators. Drop token_type_ids.")
+            real = (input_ids != config.pad_token_id).astype(jnp.int32)
+            positions = jnp.cumsum(real, axis=1) * real + config.pad_token_id  # (B, L); padding sits at pad_token_id
+        else:
+            positions = jnp.arange(length)[None]  # (1, L)
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros_like(input_ids)  # (B, L)
+
+        def embed(rows, name):
+            init = nn.initializers.normal(config.initializer_range)
+            return nn.Embed(rows, config.hidden_size, dtype=self.dtype, embedding_init=init, name=name)
+
+        total = embed(config.vocab_size, "word")(input_ids)  # (B, L, H)
+        total += embed(config.type_vocab_size, "token_type")(token_type_ids)
+        total += embed(config.max_positions, "position")(positions)
+        return _dropout(config.hidden_dropout, _norm(config, self.dtype, "norm")(total), train)
+
+
+class Layer(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden, attention_mask, train):
+        config, dtype = self.config, self.dtype
+        attended = Attention(config, dtype, name="attention")(hidden, attention_mask, train)  # (B, L, H)
+        hidden = _norm(config, dtype, "attention_norm")(hidden + _dropout(config.hidden_dropout, attended, train))
+        inner = _dense(config, config.intermediate_size, dtype, "intermediate")(hidden)  # (B, L, intermediate)
+        outer = _dense(config, config.hidden_size, dtype, "output")(ACTIVATIONS[config.hidden_act](inner))  # (B, L, H)
+        return _norm(config, dtype, "output_norm")(hidden + _dropout(config.hidden_dropout, outer, train))
+
+
+class Attention(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden, attention_mask, train):
+        config = self.config
+        heads = (*hidden.shape[:2], config.num_heads, config.hidden_size // config.num_heads)  # (B, L, A, D)
+        query, key, value = (
+            _dense(config, config.hidden_size, self.dtype, name)(hidden).reshape(heads)
+            for name in ("query", "key", "value")
+        )
+        scores = jnp.einsum("bqad,bkad->baqk", query, key, preferred_element_type=jnp.float32)  # (B, A, L, L)
+        real = attention_mask[:, None, None].astype(bool)  # (B, 1, 1, L)
+        # The lowest finite number, not -inf: a row that is all padding gets even weights instead of 0/0.
+        scores = jnp.where(real, scores * heads[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+        weights = _dropout(config.attention_dropout, nn.softmax(scores), train).astype(self.dtype)
+        mixed = jnp.einsum("baqk,bkad->bqad", weights, value).reshape(hidden.shape)  # (B, L, H)
+        return _dense(config, config.hidden_size, self.dtype, "out")(mixed)
+
+
+class RobertaHead(nn.Module):
+    config: EncoderConfig
+    num_labels: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, first, train):
+        first = _dropout(self.dropout, first, train)
+        inner = nn.tanh(_dense(self.config, self.config.hidden_size, jnp.float32, "dense")(first))  # (B, H)
+        return _dense(self.config, self.num_labels, jnp.float32, "out_proj")(_dropout(self.dropout, inner, train))
+
+
+def _dense(config, features, dtype, name):
+    init = nn.initializers.normal(config.initializer_range)
+    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+
+
+def _norm(config, dtype, name):
+    # Flax's fast variance, E[x^2] - E[x]^2, cancels badly where the mean is large.
+    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def _dropout(rate, x, train):
+    return nn.Dropout(rate)(x, deterministic=not train)

@@ -1,0 +1,232 @@
+"""The whole road with a tiny model; runs that are killed and started again, as real processes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+
+from experiments import evaluate, report
+from experiments.train import train
+from gpart_jax import load_adapter
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 2 * 160
+
+
+def command(model, workdir, batch_size=32):
+    return [
+        sys.executable, "-m", "experiments.train", "--config=configs/quickstart.py", f"--workdir={workdir}",
+        f"--config.model.source={model}", "--config.method.d=256",
+        "--config.method.dropout=0.1", "--config.train.epochs=2", "--config.train.log_every=10",
+        "--config.train.checkpoint_every=30", f"--config.train.batch_size={batch_size}",
+    ]  # fmt: skip
+
+
+def run(*args, **kwargs):
+    return subprocess.run(
+        command(*args, **kwargs), cwd=ROOT, env=environment(args[0]), capture_output=True, text=True, timeout=300
+    )
+
+
+def environment(model):
+    # What one process compiled serves the next: most of a short run is compilation.
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{model}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | cache | {"XLA_FLAGS": ""}
+
+
+def signal_at(step, number, *args):
+    """Starts a run and sends it a signal once it has logged `step`; returns its exit code and output."""
+    process = subprocess.Popen(
+        command(*args), cwd=ROOT, env=environment(args[0]), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    log = pathlib.Path(args[1]) / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while last_step(log) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"step {step} never came"
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def last_step(log):
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def logged(workdir):
+    """Everything that a run logged, but for times."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds_per_step"} for row in rows]
+
+
+def final_state(workdir):
+    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
+        return step, manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finished = run(tiny_model, workdir)
+    assert finished.returncode == 0, finished.stderr
+    return workdir
+
+
+def test_a_run_leaves_what_its_docstring_says(undisturbed, tiny_model):
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert results["steps"] == STEPS
+    assert results["trained_numbers"] == 256 + 32 * 2 + 2
+    rows = logged(undisturbed)
+    assert [row["step"] for row in rows if "validation_accuracy" in row] == [STEPS // 2, STEPS]
+    assert rows[-2]["step"] == STEPS and rows[-2]["loss"] < rows[0]["loss"]
+    assert list((undisturbed / "tensorboard").iterdir())
+    predictions = [json.loads(line) for line in (undisturbed / "predictions.jsonl").read_text().splitlines()]
+    assert np.mean([row["label"] == row["prediction"] for row in predictions]) == results["test"]
+
+
+def test_the_adapter_is_small_and_the_checkpoint_holds_no_frozen_weight(undisturbed):
+    path = undisturbed / "adapter.safetensors"
+    tensors = load_file(path)
+    assert {name: array.shape for name, array in tensors.items()} == {
+        "theta": (256,), "head/classifier/kernel": (32, 2), "head/classifier/bias": (2,)
+    }  # fmt: skip
+    assert path.stat().st_size < 4 * 256 + 4 * (32 * 2 + 2) + 4096
+    _, state = final_state(undisturbed)
+    assert max(np.size(leaf) for leaf in jax.tree.leaves(state)) == 256
+    assert state["trainable"]["theta"].any()
+
+
+def test_the_adapter_on_disk_scores_as_reported(undisturbed, config):
+    experiment = evaluate.build(config)
+    method, trainable = load_adapter(undisturbed / "adapter.safetensors", experiment.params)
+    params = method.apply(experiment.params, trainable)
+    logits = evaluate.predict(experiment, params, experiment.task.test, 100)
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert evaluate.score(experiment.task, experiment.task.test, logits) == results["test"]
+
+
+@pytest.mark.parametrize("steps", [(1, 100, 250), (165, 320)])
+def test_killed_at_any_step_a_run_ends_with_the_same_theta(undisturbed, tiny_model, tmp_path, steps):
+    for step in steps:
+        code, output = signal_at(step, signal.SIGKILL, tiny_model, tmp_path)
+        assert code == -signal.SIGKILL, output
+    finished = run(tiny_model, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
+    step, state = final_state(tmp_path)
+    expected_step, expected = final_state(undisturbed)
+    assert step == expected_step == STEPS
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert logged(tmp_path) == logged(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_save_first(undisturbed, tiny_model, tmp_path, number):
+    code, output = signal_at(45, number, tiny_model, tmp_path)
+    assert code == 143 and f"{number.name}: saved step" in output
+    step, _ = final_state(tmp_path)
+    assert step >= 45 and f"saved step {step}." in output
+    finished = run(tiny_model, tmp_path)
+    assert f"goes on after step {step} of {STEPS}" in finished.stdout
+    assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(undisturbed, tiny_model):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    finished = run(tiny_model, undisturbed)
+    assert finished.returncode == 0 and "is finished" in finished.stdout
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+def test_a_workdir_of_another_experiment_is_refused_and_untouched(undisturbed, tiny_model):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    refused = run(tiny_model, undisturbed, batch_size=16)
+    assert refused.returncode != 0
+    assert "holds another experiment: config.train.batch_size is 32 there, 16 here" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+def test_checkpoints_of_unknown_origin_are_refused(config, tmp_path):
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no config.json to say whose"):
+        train(config, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(undisturbed, config, tmp_path):
+    config.train.epochs = 1
+    train(config, tmp_path)
+    expected = (tmp_path / "adapter.safetensors").read_bytes()
+    (tmp_path / "results.json").unlink()
+    newest = tmp_path / "checkpoints" / "160"
+    for path in (newest / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"160 is damaged.*Move that folder away"):
+        train(config, tmp_path)
+    newest.rename(tmp_path / "moved_away")
+    train(config, tmp_path)
+    assert (tmp_path / "adapter.safetensors").read_bytes() == expected
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    config.optimizer.lr = 1e30
+    config.optimizer.head_lr = 1e30
+    with pytest.raises(FloatingPointError, match="at step .*Lower config.optimizer.lr"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("train", "epoch", 3), r"config.train has an unknown key 'epoch'. Did you mean 'epochs'?"),
+        (("method", "dd", 3), r"Method 'gpart' .*unexpected keyword argument 'dd'"),
+        (("method", "scheme", "balanced"), r"Unknown scheme 'balanced'. Choose one of balanced-v1, splitmix64"),
+        (("method", "d", 10**9), r"d = 1000000000 must be between 1 and N = 2048"),
+        (("method", "targets", "nothing"), r"Target pattern 'nothing' matches no leaf. Paths look like: 'classifier/bias'"),
+        (("method", "name", "magic"), r"Unknown method 'magic'. Choose one of gpart, lora, head, full"),
+        (("task", "name", "words"), r"Unknown task 'words'. Choose one of lexicon"),
+        (("optimizer", "schedule", "steep"), r"Unknown schedule 'steep'"),
+        (("train", "batch_size", 10**6), r"batch_size = 1000000 must be between 1 and 5"),
+        (("train", "log_every", 0), r"config.train.log_every must be a positive integer, not 0"),
+        (("model", "source", "/no/such/place"), r"/no/such/place"),
+    ],
+)
+def test_bad_config_gets_one_clear_error(config, tmp_path, change, message):
+    section, key, value = change
+    with config.unlocked():
+        config[section][key] = value
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(config, tmp_path / "run")
+
+
+def test_the_comparison_draws_its_table_and_its_picture(make_config, tmp_path, capsys):
+    workdirs = [tmp_path / method for method in ("gpart", "lora", "head")]
+    results = []
+    for workdir in workdirs:
+        config = make_config(workdir.name)
+        config.train.epochs = 1
+        results.append(train(config, workdir))
+    report.print_table(results)
+    table = capsys.readouterr().out
+    for row in results:
+        assert row["method"] in table and f"{row['trained_numbers']:,}" in table and f"{100 * row['test']:.1f} %" in table
+    report.draw(workdirs, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_shows_the_flags():
+    shown = subprocess.run([sys.executable, "-m", "experiments.train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert "--config" in shown.stdout and "--workdir" in shown.stdout
+    assert os.linesep.join(["Trains one method on one task"]) in shown.stdout
