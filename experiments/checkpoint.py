@@ -52,9 +52,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path):
         self._directory = workdir.absolute() / "checkpoints"
-        # Orbax would leave out a save, without a word, while the one before it is still being written.
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_should_save_is_saving_in_progress_check=False)
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._manager = ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     def __enter__(self):
         return self

@@ -122,12 +122,13 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
                         f"epoch {epoch} of {config.train.epochs}  loss {mean:.4f}  validation {task.metric} {value:.4f}"
                     )
                     watch.restart()
-                if interrupt.requested or step % config.train.checkpoint_every == 0 or step == total_steps:
+                stop = interrupt.requested  # read once: it may come at any moment
+                if stop or step % config.train.checkpoint_every == 0 or step == total_steps:
                     checkpoints.save(state | {"step": step}, batches)
                     watch.restart()
-                if interrupt.requested:
+                if stop:
                     checkpoints.wait()
-                    logger.say(f"{interrupt.requested}: saved step {step}. Run the same command to go on.")
+                    logger.say(f"{stop}: saved step {step}. Run the same command to go on.")
                     sys.exit(143)
 
             # The test score is that of the adapter as it lies on disk, not of the arrays it was written from.
