@@ -13,31 +13,29 @@ from absl import logging
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes `workdir` this config's own.
+    """Makes `workdir` this config's own. One where nothing was saved yet may be claimed anew.
 
     Raises:
-      ValueError: it belongs to a run with another config; nothing in it is touched.
+      ValueError: it holds what a run with another config saved; nothing in it is touched.
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json())
-    if not path.exists():
-        if (workdir / "checkpoints").exists():
+    if (workdir / "results.json").exists() or any((workdir / "checkpoints").glob("[0-9]*")):
+        if not path.exists():
             raise ValueError(f"{workdir} has checkpoints but no config.json to say whose. Choose another workdir.")
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, mine)
-        return
-    theirs = _flat(json.loads(path.read_text()))
-    mine = _flat(mine)
-    differences = [
-        f"{key} is {theirs.get(key, 'absent')!r} there, {mine.get(key, 'absent')!r} here"
-        for key in sorted(theirs.keys() | mine.keys())
-        if theirs.get(key, "absent") != mine.get(key, "absent")
-    ]
-    if differences:
-        raise ValueError(
-            f"{workdir} holds another experiment: {'; '.join(differences)}. "
-            f"Choose another workdir, or give the same config to go on with that run."
-        )
+        here, there = _flat(mine), _flat(json.loads(path.read_text()))
+        differences = [
+            f"{key} is {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key, "absent") != here.get(key, "absent")
+        ]
+        if differences:
+            raise ValueError(
+                f"{workdir} holds another experiment: {'; '.join(differences)}. "
+                f"Choose another workdir, or give the same config to go on with that run."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, mine)
 
 
 def write_json(path: pathlib.Path, content) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpart_jax.targets import Layout, Targets, named_leaves, replace_leaves, select
+from gpart_jax.partition import make_partition
+from gpart_jax.targets import Layout, Targets, canonical_layout, named_leaves, replace_leaves, select
 from gpart_jax.transform import gpart_transform
 
 
@@ -42,17 +43,17 @@ def gpart(
       A `Method` that trains {"theta": float32 (d,)}.
     """
 
+    def init(params, key):
+        del key
+        layout = canonical_layout(params, targets)  # so that a bad d or target fails here, not in the first step
+        make_partition(layout, d, seed, scheme=scheme, scope=scope, isometric=isometric)
+        return {"theta": jnp.zeros(d, jnp.float32)}
+
     def apply(params, trainable, key=None):
         return gpart_transform(
             params, trainable["theta"], seed,
             targets=targets, scheme=scheme, scope=scope, isometric=isometric, dropout=dropout, key=key,
         )  # fmt: skip
-
-    def init(params, key):
-        del key
-        trainable = {"theta": jnp.zeros(d, jnp.float32)}
-        jax.eval_shape(apply, params, trainable)  # a bad d or target fails here, not in the first step
-        return trainable
 
     return Method(init, apply)
 

@@ -164,6 +164,15 @@ def test_checkpoints_of_unknown_origin_are_refused(config, tmp_path):
         train(config, tmp_path)
 
 
+def test_a_workdir_in_which_nothing_was_saved_can_be_claimed_anew(config, tmp_path):
+    config.method.d = 10**6
+    with pytest.raises(ValueError, match="d = 1000000 must be between 1 and N"):
+        train(config, tmp_path)
+    config.method.d = 256
+    config.train.epochs = 1
+    assert train(config, tmp_path)["steps"] == STEPS // 2
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(undisturbed, config, tmp_path):
     config.train.epochs = 1
     train(config, tmp_path)
