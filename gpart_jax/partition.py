@@ -36,6 +36,7 @@ from gpart_jax.targets import Layout, Leaf
 SCHEMES = ("balanced-v1", "splitmix64")
 SCOPES = ("global", "block")
 TABLES = 8  # K, the number of permutations of balanced-v1
+_LONGEST_AXIS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,8 @@ def _make_partition(layout, d, seed, scheme, scope, isometric):
         sizes = group_sizes(region, rho)
         scale = 1 / np.sqrt(np.maximum(sizes, 1)) if isometric else np.ones(region.d)
         scales.append(scale.astype(np.float32))
+    for table in (*permutations, *scales):
+        table.flags.writeable = False  # equal partitions share their tables
     return Partition(permutations, tuple(scales), scheme, scope, seed, d, isometric, layout, regions)
 
 
@@ -150,7 +153,7 @@ def seed_to_int(seed) -> int:
     try:
         number = operator.index(seed)
     except TypeError:
-        raise TypeError(f"The seed must be an int, a two-word jax.random key, or a Partition, not {seed!r}.") from None
+        raise TypeError(f"The seed must be an int, a key of jax.random.key(), or a Partition, not {seed!r}.") from None
     if not 0 <= number < 2**64:
         raise ValueError(f"The seed {number} must be in [0, 2^64). For a negative seed of the authors' release add 2^64.")
     return number
@@ -201,20 +204,30 @@ def slots(region: Region, leaf: Leaf) -> jax.Array:
     The table is rho applied to scaled theta, (8, d), for balanced-v1, and scaled theta itself, (d,), for splitmix64.
 
     Returns:
-      int32 of `leaf.shape`. Computed element by element from one small table for each axis, exactly for any N < 2^64.
+      int32 of `leaf.shape`. Computed element by element from a small table for each axis, exactly for any N < 2^64.
     """
-    shape, steps = leaf.shape or (1,), leaf.strides or (0,)
-    along = [np.arange(n, dtype=np.uint64) * np.uint64(step) for n, step in zip(shape, steps)]
+    axes = [(1, 0)]  # (length, step); the first carries the offset
+    padded = []
+    for n, step in zip(leaf.shape, leaf.strides):
+        if n <= _LONGEST_AXIS:
+            axes.append((n, step))
+            padded.append(n)
+        else:  # as two axes, so that the table of a leaf of one long axis has not N entries
+            inner = 2 ** math.isqrt(n).bit_length()
+            outer = -(-n // inner)
+            axes += [(outer, step * inner), (inner, step)]
+            padded.append(outer * inner)
+    along = [np.arange(n, dtype=np.uint64) * np.uint64(step & uint64.MASK) for n, step in axes]
     along[0] = along[0] + np.uint64(leaf.offset)
     if region.scheme == "splitmix64":
-        index = functools.reduce(uint64.add, (_on_axis(uint64.split(x), k, len(shape)) for k, x in enumerate(along)))
+        index = functools.reduce(uint64.add, (_on_axis(uint64.split(x), k, len(axes)) for k, x in enumerate(along)))
         slot = uint64.remainder(uint64.mix(uint64.add(index, uint64.split(_splitmix64_offset(region)))), region.d)
     else:
         d = np.uint32(region.d)
         c, r = None, None  # mixed radix: index = c * d + r, so that no element needs a 64-bit division
         for k, x in enumerate(along):
             quotient, rest = np.divmod(x, np.uint64(region.d))
-            *quotient, rest = _on_axis((*uint64.split(quotient), rest.astype(np.uint32)), k, len(shape))
+            *quotient, rest = _on_axis((*uint64.split(quotient), rest.astype(np.uint32)), k, len(axes))
             if c is None:
                 c, r = quotient, rest
             else:
@@ -225,7 +238,7 @@ def slots(region: Region, leaf: Leaf) -> jax.Array:
         high, low = uint64.mix(uint64.add(step, uint64.split(_chunk_key(region))))
         rotated = r + high % d
         slot = low % np.uint32(TABLES) * d + jnp.where(rotated >= d, rotated - d, rotated)
-    return slot.astype(jnp.int32).reshape(leaf.shape)
+    return slot.astype(jnp.int32).reshape(padded)[tuple(slice(n) for n in leaf.shape)]
 
 
 def _on_axis(arrays, axis: int, ndim: int):

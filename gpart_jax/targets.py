@@ -140,34 +140,36 @@ def canonical_layout(
         `transposed="kernel$"` Flax kernels (in, out) are numbered as PyTorch's (out, in) weights are.
 
     Raises:
-      ValueError: as `select`; stacked leaves of unequal layer counts; a `Layout` that does not fit `params`.
+      ValueError: as `select`; a pattern that matches no target; stacked leaves of unequal layer counts; a `Layout` that
+        does not fit `params`.
     """
     if isinstance(targets, Layout):
         _check_fits(targets, params)
         return targets
     chosen = select(params, targets)
 
-    groups: dict[str, list[str]] = {}  # leaves to number together, layer by layer; an unstacked leaf is alone
+    for name, pattern in (("stacked", stacked), ("transposed", transposed)):
+        if pattern and not any(re.search(pattern, path) for path in chosen):
+            raise ValueError(f"The `{name}` pattern {pattern!r} matches none of the targets: {_examples(chosen.items())}.")
+    groups: dict[tuple[bool, str], list[str]] = {}  # leaves to number together, layer by layer; an unstacked one is alone
     for path in chosen:
         match = re.search(stacked, path) if stacked else None
-        groups.setdefault("stacked " + match.group(0) if match else path, []).append(path)
+        groups.setdefault((True, match.group(0)) if match else (False, path), []).append(path)
 
     leaves, offset = [], 0
-    for name, paths in groups.items():
-        is_stacked = name.startswith("stacked ")
+    for (is_stacked, _), paths in groups.items():
         counts = {path: chosen[path].shape[0] if chosen[path].ndim else 0 for path in paths} if is_stacked else {}
         if len(set(counts.values())) > 1 or 0 in counts.values():
             raise ValueError(f"Stacked leaves must share one number of layers as their first axis, but have {counts}.")
         inner = {path: chosen[path].shape[1:] if is_stacked else chosen[path].shape for path in paths}
         period = sum(math.prod(shape) for shape in inner.values())
-        within = 0
+        start = offset
         for path in paths:
-            swap = bool(transposed and re.search(transposed, path))
-            strides = _row_major(inner[path], swap)
-            leaves.append(
-                Leaf(path, tuple(chosen[path].shape), offset + within, ((period,) if is_stacked else ()) + strides, is_stacked)
-            )
-            within += math.prod(inner[path])
+            strides = _row_major(inner[path], swap=bool(transposed and re.search(transposed, path)))
+            if is_stacked:
+                strides = (period, *strides)
+            leaves.append(Leaf(path, tuple(chosen[path].shape), start, strides, is_stacked))
+            start += math.prod(inner[path])
         offset += period * next(iter(counts.values()), 1)
     return Layout(tuple(leaves))
 
@@ -202,7 +204,7 @@ def _path(keys) -> str:
 
 
 def _natural(path: str) -> list:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path) if part]
+    return [(0, int(part), "") if "0" <= part[0] <= "9" else (1, 0, part) for part in re.split("([0-9]+)", path) if part]
 
 
 def _is_float(leaf) -> bool:

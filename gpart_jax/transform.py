@@ -82,7 +82,7 @@ def gpart_transform(
 
     frozen = dict(named_leaves(params))
     adapted = {}
-    for path, delta in _deltas(partition, theta, dropout, key).items():
+    for path, delta in _deltas(partition, theta, dropout, key if dropout else None).items():
         adapted[path] = (frozen[path] + delta).astype(frozen[path].dtype)
     return replace_leaves(params, adapted)
 
@@ -90,12 +90,14 @@ def gpart_transform(
 def _deltas(partition: Partition, theta, dropout, key) -> dict[str, jax.Array]:
     """P theta, leaf by leaf, in float32 or wider."""
     theta = theta.astype(jnp.promote_types(theta.dtype, jnp.float32))
+    if key is not None:  # in shard_map, a key that varies over mesh axes makes theta vary over them too
+        theta += jnp.zeros_like(jax.random.key_data(key), shape=(), dtype=theta.dtype)
     whole, layers = {}, {}
     count = 0
     for region, rho, scale in zip(partition.regions, partition.permutations, partition.scales):
         table = _table(theta[region.start : region.start + region.d] * scale, rho)
         for view in region.views:
-            mask_key = jax.random.fold_in(key, count) if dropout and key is not None else None
+            mask_key = None if key is None else jax.random.fold_in(key, count)
             delta = _expand(region, view.leaf, dropout, table, mask_key)
             count += 1
             if view.layer is None:
