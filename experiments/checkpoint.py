@@ -65,7 +65,9 @@ class Checkpoints:
             data=grain.checkpoint.CheckpointSave(batches),
         )
         if not self._manager.save(state["step"], args=args):
-            raise RuntimeError(f"Orbax did not save step {state['step']} in {self._directory}, which holds a later one.")
+            raise RuntimeError(
+                f"Orbax did not save step {state['step']} in {self._directory}, which holds a later one."
+            )
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

@@ -15,7 +15,7 @@ _KEYS = {  # None: a value, or a section that is checked by its user
 }
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError that names the first missing, unknown or non-positive key, and what was probably meant."""
     _check_keys("config", set(config), set(_KEYS))
     for section, keys in _KEYS.items():

@@ -59,7 +59,9 @@ def load_task(name: str, model_dir: pathlib.Path, max_length: int) -> Task:
         raise ValueError(f"Unknown task {name!r}. Choose one of {', '.join(TASKS)}.")
     path = model_dir / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{model_dir} holds no tokenizer.json. Save the model's fast tokenizer beside its weights.")
+        raise FileNotFoundError(
+            f"{model_dir} holds no tokenizer.json. Save the model's fast tokenizer beside its weights."
+        )
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
@@ -69,7 +71,9 @@ def load_task(name: str, model_dir: pathlib.Path, max_length: int) -> Task:
 def train_batches(examples: list[dict], batch_size: int, epochs: int, seed: int, pad: int) -> grain.DatasetIterator:
     """Shuffled batches, anew in each epoch; the incomplete last batch of an epoch is left out."""
     if not 1 <= batch_size <= len(examples):
-        raise ValueError(f"batch_size = {batch_size} must be between 1 and {len(examples)}, the number of training examples.")
+        raise ValueError(
+            f"batch_size = {batch_size} must be between 1 and {len(examples)}, the number of training examples."
+        )
     dataset = grain.MapDataset.source(examples).seed(seed).shuffle()
     dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=lambda rows: collate(rows, pad)).repeat(epochs)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))

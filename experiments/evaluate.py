@@ -1,6 +1,6 @@
 """Scores a finished run's adapter, read from disk onto a freshly loaded model, on a split of its task.
 
-  python -m experiments.evaluate --workdir=runs/quickstart/gpart
+python -m experiments.evaluate --workdir=runs/quickstart/gpart
 """
 
 import dataclasses

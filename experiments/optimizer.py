@@ -34,7 +34,9 @@ def make_optimizer(
         raise ValueError(f"warmup = {warmup} is a fraction of the steps; it must be in [0, 1].")
 
     def adamw(peak):
-        return optax.adamw(_schedule(schedule, peak, total_steps, round(warmup * total_steps)), weight_decay=weight_decay, mask=_decays)
+        return optax.adamw(
+            _schedule(schedule, peak, total_steps, round(warmup * total_steps)), weight_decay=weight_decay, mask=_decays
+        )
 
     return optax.partition({"head": adamw(head_lr), "main": adamw(lr)}, _labels)
 
@@ -49,8 +51,8 @@ def _schedule(name: str, peak: float, total: int, warmup: int) -> optax.Schedule
 
 
 def _labels(trainable):
-    return {name: jax.tree.map(lambda _: "head" if name == "head" else "main", part) for name, part in trainable.items()}
+    return {name: "head" if name == "head" else "main" for name in trainable}
 
 
 def _decays(trainable):
-    return {name: jax.tree.map(lambda x: name == "theta" or x.ndim > 1, part) for name, part in trainable.items()}
+    return {name: name == "theta" or jax.tree.map(lambda x: x.ndim > 1, part) for name, part in trainable.items()}

@@ -75,7 +75,9 @@ def _draw_words(axes, workdir: pathlib.Path, results: dict) -> None:
     axes.axvline(0, color="black", linewidth=0.7)
     surest = np.argsort(np.where(right, -np.inf, np.abs(margin)))[-3:]
     for row in (*surest, margin.argmax(), margin.argmin()):
-        axes.annotate(rows[row]["text"], (rating[row], margin[row]), fontsize=8, xytext=(4, 3), textcoords="offset points")
+        axes.annotate(
+            rows[row]["text"], (rating[row], margin[row]), fontsize=8, xytext=(4, 3), textcoords="offset points"
+        )
     axes.set(
         xlabel="people's mean rating, never seen in training",
         ylabel="logit of positive minus negative",

@@ -22,9 +22,9 @@ import optax
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import config as configs
 from experiments import data, evaluate
 from experiments.checkpoint import Checkpoints, Interrupt, claim_workdir, write_json
+from experiments.config import check_config
 from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
 from gpart_jax import load_adapter, save_adapter
@@ -42,7 +42,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
       FloatingPointError: the loss is no longer finite.
       SystemExit: with code 143, after a checkpoint was saved because of SIGTERM or Ctrl-C.
     """
-    configs.check(config)
+    check_config(config)
     method = from_spec(config.method.to_dict(), config.head_targets)
     claim_workdir(config, workdir)
     if (workdir / "results.json").exists():

@@ -43,7 +43,12 @@ def save_adapter(path, spec: dict, trainable, params, head_targets: Targets = No
     options = inspect.signature(METHODS[spec["name"]]).parameters.values()
     defaults = {option.name: option.default for option in options if option.default is not option.empty}
     spec = defaults | dict(spec)  # written out, so that a later change of a default changes no adapter
-    metadata = {"format": _FORMAT, "method": spec, "head_targets": head_targets, **_identity(spec, head_targets, params)}
+    metadata = {
+        "format": _FORMAT,
+        "method": spec,
+        "head_targets": head_targets,
+        **_identity(spec, head_targets, params),
+    }
     try:
         text = json.dumps(metadata)
     except TypeError as error:

@@ -1,11 +1,12 @@
 """Fine-tuning methods, each a pair of pure functions as in Optax, and the only thing that training code sees of them.
 
-    method = gpart(d=23_040, seed=42, targets=r"attention/(query|value)/kernel")
-    trainable = method.init(params, key)             # a dict of small pytrees: what is trained and saved
-    params = method.apply(params, trainable, key)    # the adapted model; a key turns on dropout
+method = gpart(d=23_040, seed=42, targets=r"attention/(query|value)/kernel")
+trainable = method.init(params, key)             # a dict of small pytrees: what is trained and saved
+params = method.apply(params, trainable, key)    # the adapted model; a key turns on dropout
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

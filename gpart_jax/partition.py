@@ -148,14 +148,18 @@ def seed_to_int(seed) -> int:
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         words = np.asarray(jax.random.key_data(seed), np.uint64)
         if words.shape != (2,):
-            raise TypeError(f"A key as seed must have 2 words of 32 bits, not shape {words.shape}. Pass an int instead.")
+            raise TypeError(
+                f"A key as seed must have 2 words of 32 bits, not shape {words.shape}. Pass an int instead."
+            )
         return (int(words[0]) << 32) | int(words[1])
     try:
         number = operator.index(seed)
     except TypeError:
         raise TypeError(f"The seed must be an int, a key of jax.random.key(), or a Partition, not {seed!r}.") from None
     if not 0 <= number < 2**64:
-        raise ValueError(f"The seed {number} must be in [0, 2^64). For a negative seed of the authors' release add 2^64.")
+        raise ValueError(
+            f"The seed {number} must be in [0, 2^64). For a negative seed of the authors' release add 2^64."
+        )
     return number
 
 
@@ -288,7 +292,9 @@ def _block_regions(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Regi
             renumbered.append(View(dataclasses.replace(view.leaf, offset=offset), view.layer))
             offset += view.leaf.size
         if not 1 <= share <= offset:
-            raise ValueError(f"scope='block' gives block {b} of {len(blocks)} {share} of d = {d} for its {offset} weights.")
+            raise ValueError(
+                f"scope='block' gives block {b} of {len(blocks)} {share} of d = {d} for its {offset} weights."
+            )
         regions.append(Region(scheme, int(uint64.stream_host(seed, TABLES + 1 + b)), start, share, tuple(renumbered)))
         start += share
     return tuple(regions)

@@ -80,7 +80,9 @@ def named_leaves(params) -> list[tuple[str, object]]:
     """The leaves of any pytree with their paths, in the tree's own order."""
     leaves = [(_path(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
     if len({path for path, _ in leaves}) < len(leaves):
-        raise ValueError("Two leaves of params have the same path; a key that holds '/' makes this possible. Rename one.")
+        raise ValueError(
+            "Two leaves of params have the same path; a key that holds '/' makes this possible. Rename one."
+        )
     return leaves
 
 
@@ -150,8 +152,12 @@ def canonical_layout(
 
     for name, pattern in (("stacked", stacked), ("transposed", transposed)):
         if pattern and not any(re.search(pattern, path) for path in chosen):
-            raise ValueError(f"The `{name}` pattern {pattern!r} matches none of the targets: {_examples(chosen.items())}.")
-    groups: dict[tuple[bool, str], list[str]] = {}  # leaves to number together, layer by layer; an unstacked one is alone
+            raise ValueError(
+                f"The `{name}` pattern {pattern!r} matches none of the targets: {_examples(chosen.items())}."
+            )
+    groups: dict[
+        tuple[bool, str], list[str]
+    ] = {}  # leaves to number together, layer by layer; an unstacked one is alone
     for path in chosen:
         match = re.search(stacked, path) if stacked else None
         groups.setdefault((True, match.group(0)) if match else (False, path), []).append(path)
@@ -193,7 +199,9 @@ def _check_fits(layout: Layout, params) -> None:
         if leaf.path not in shapes:
             raise ValueError(f"The layout's leaf {leaf.path!r} is not a floating-point leaf of params.")
         if shapes[leaf.path] != leaf.shape:
-            raise ValueError(f"Leaf {leaf.path!r} has shape {shapes[leaf.path]}, but the layout was made for {leaf.shape}.")
+            raise ValueError(
+                f"Leaf {leaf.path!r} has shape {shapes[leaf.path]}, but the layout was made for {leaf.shape}."
+            )
 
 
 def _path(keys) -> str:
@@ -204,7 +212,9 @@ def _path(keys) -> str:
 
 
 def _natural(path: str) -> list:
-    return [(0, int(part), "") if "0" <= part[0] <= "9" else (1, 0, part) for part in re.split("([0-9]+)", path) if part]
+    return [
+        (0, int(part), "") if "0" <= part[0] <= "9" else (1, 0, part) for part in re.split("([0-9]+)", path) if part
+    ]
 
 
 def _is_float(leaf) -> bool:

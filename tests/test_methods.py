@@ -14,7 +14,10 @@ HEAD = "^classifier/"
 @pytest.fixture
 def params():
     keys = iter(jax.random.split(jax.random.key(0), 8))
-    layers = {f"layer_{n}": {"query": {"kernel": jax.random.normal(next(keys), (6, 5)), "bias": jnp.ones(5)}} for n in range(2)}
+    layers = {
+        f"layer_{n}": {"query": {"kernel": jax.random.normal(next(keys), (6, 5)), "bias": jnp.ones(5)}}
+        for n in range(2)
+    }
     return layers | {"classifier": {"kernel": jax.random.normal(next(keys), (5, 3)), "bias": jnp.zeros(3)}}
 
 
@@ -49,9 +52,7 @@ def test_gradient_against_finite_differences(params, name):
     direction = jax.tree.map(lambda x: jax.random.normal(next(noise), x.shape), trainable)
     slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.grad(loss)(trainable), direction)))
     step = 1e-2
-    ahead, behind = (
-        loss(jax.tree.map(lambda x, u: x + sign * step * u, trainable, direction)) for sign in (1, -1)
-    )
+    ahead, behind = (loss(jax.tree.map(lambda x, u: x + sign * step * u, trainable, direction)) for sign in (1, -1))
     np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=2e-3, atol=2e-3)
 
 
@@ -92,13 +93,17 @@ def test_lora_adds_its_scaled_product_to_the_targets_alone(params):
 
 
 def test_lora_on_stacked_layers_is_lora_on_each(params):
-    stacked = {"query": {"kernel": jnp.stack([params["layer_0"]["query"]["kernel"], params["layer_1"]["query"]["kernel"]])}}
+    stacked = {
+        "query": {"kernel": jnp.stack([params["layer_0"]["query"]["kernel"], params["layer_1"]["query"]["kernel"]])}
+    }
     method = lora(2, targets="kernel")
     trainable = jax.tree.map(lambda x: x + 1, method.init(stacked, jax.random.key(1)))
     adapted = method.apply(stacked, trainable)["query"]["kernel"]
     for n in range(2):
         factors = trainable["lora"]["query/kernel"]
-        np.testing.assert_allclose(adapted[n], stacked["query"]["kernel"][n] + factors["a"][n] @ factors["b"][n], rtol=1e-6)
+        np.testing.assert_allclose(
+            adapted[n], stacked["query"]["kernel"][n] + factors["a"][n] @ factors["b"][n], rtol=1e-6
+        )
 
 
 def test_bfloat16_params_stay_bfloat16(params):

@@ -145,7 +145,9 @@ def test_permutations_are_uncorrelated(d):
     tables = np.concatenate([make_partition(LAYOUT, d, seed).permutations[0] for seed in range(10)])
     tables = np.concatenate([np.arange(d)[None], tables, np.roll(tables, 1, axis=1)])
     correlation = np.corrcoef(tables)[np.triu_indices(len(tables), 1)] * np.sqrt(d - 1)
-    print(f"\nd={d:<5} {len(correlation)} correlations: deviation {correlation.std():.3f}, largest {np.abs(correlation).max():.2f}")
+    print(
+        f"\nd={d:<5} {len(correlation)} correlations: deviation {correlation.std():.3f}, largest {np.abs(correlation).max():.2f}"
+    )
     assert np.abs(correlation).max() < np.sqrt(2 * np.log(len(correlation) / 1e-5))
     assert abs(correlation.std() - 1) < 0.05
 
@@ -165,7 +167,9 @@ def shifted_agreement(scheme, a, b, d):
 @pytest.mark.parametrize("d", SIZES)
 def test_consecutive_seeds_label_differently(d):
     errors = np.array([shifted_agreement("balanced-v1", a, b, d) for a in range(10) for b in range(a)])
-    print(f"\nd={d:<5} 45 pairs of seeds: worst shift {np.abs(errors).max():.2f} standard errors, deviation {errors.std():.2f}")
+    print(
+        f"\nd={d:<5} 45 pairs of seeds: worst shift {np.abs(errors).max():.2f} standard errors, deviation {errors.std():.2f}"
+    )
     assert np.abs(errors).max() < 8  # 945 counts of a Poisson variable with a mean of N/d = 4 ... 256
     assert abs(errors.std() - 1) < 0.2
 
@@ -198,7 +202,9 @@ def test_consecutive_seeds_group_differently(scheme, d):
                 pairs -= np.sum(n * (n - 1)) / 2
             mean += pairs / d**2
             variance += pairs / d**2 * (1 + d / TABLES**2 * (scheme == "balanced-v1"))
-    print(f"\n{scheme:12} d={d:<5} {count:9.0f} collisions under both, {count / mean:.4f} of theory, +- {variance**0.5 / mean:.4f}")
+    print(
+        f"\n{scheme:12} d={d:<5} {count:9.0f} collisions under both, {count / mean:.4f} of theory, +- {variance**0.5 / mean:.4f}"
+    )
     assert abs(count - mean) <= LIMIT * variance**0.5
 
 

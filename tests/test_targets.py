@@ -53,7 +53,15 @@ class Point(NamedTuple):
 
 def test_paths_of_nested_containers():
     tree = {"a": [array(1), (array(1), Pair(array(1), array(1)))], "p": Point(array(1), array(1)), "n": {3: array(1)}}
-    assert [path for path, _ in named_leaves(tree)] == ["a/0", "a/1/0", "a/1/1/left", "a/1/1/right", "n/3", "p/x", "p/y"]
+    assert [path for path, _ in named_leaves(tree)] == [
+        "a/0",
+        "a/1/0",
+        "a/1/1/left",
+        "a/1/1/right",
+        "n/3",
+        "p/x",
+        "p/y",
+    ]
 
 
 def test_paths_of_linen_params():
@@ -72,7 +80,9 @@ def test_paths_of_nnx_state():
             self.blocks = nnx.List([nnx.Linear(2, 3, rngs=rngs) for _ in range(2)])
 
     state = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
-    assert [path for path, _ in named_leaves(state)] == [f"blocks/{b}/{name}" for b in (0, 1) for name in ("bias", "kernel")]
+    assert [path for path, _ in named_leaves(state)] == [
+        f"blocks/{b}/{name}" for b in (0, 1) for name in ("bias", "kernel")
+    ]
 
 
 def test_paths_of_equinox_module():
@@ -110,7 +120,14 @@ def test_select(targets, expected):
 
 
 def test_select_all_floats_by_default():
-    tree = {"a": array(2, dtype=jnp.bfloat16), "b": array(2, dtype=jnp.int32), "c": np.ones(2), "f": len, "n": None, "s": 1.0}
+    tree = {
+        "a": array(2, dtype=jnp.bfloat16),
+        "b": array(2, dtype=jnp.int32),
+        "c": np.ones(2),
+        "f": len,
+        "n": None,
+        "s": 1.0,
+    }
     assert list(select(tree)) == ["a", "c"]
 
 
@@ -169,7 +186,9 @@ def test_each_index_once(plain, inner, layers):
     tree = {f"a{k}": array(*shape) for k, shape in enumerate(plain)}
     tree |= {"stack": {f"b{k}": array(layers, *shape) for k, shape in enumerate(inner)}}
     tree["z"] = array()
-    layout = canonical_layout(tree, stacked="^stack" if inner else None, transposed="a[02]|b1" if len(inner) > 1 else "a0")
+    layout = canonical_layout(
+        tree, stacked="^stack" if inner else None, transposed="a[02]|b1" if len(inner) > 1 else "a0"
+    )
     found = np.concatenate([indices(leaf).reshape(-1) for leaf in layout.leaves])
     assert np.array_equal(np.sort(found), np.arange(layout.size))
     assert layout.size == sum(leaf.size for leaf in layout.leaves)
@@ -186,7 +205,8 @@ def test_stacked_layers_are_numbered_as_separate_ones(inner, layers):
     )
     stacked = by_path(
         canonical_layout(
-            {"a": array(3), "layers": {k: array(layers, *s) for k, s in block.items()}, "z": array(2)}, stacked="^layers"
+            {"a": array(3), "layers": {k: array(layers, *s) for k, s in block.items()}, "z": array(2)},
+            stacked="^layers",
         )
     )
     assert separate["a"] == stacked["a"] and separate["z"] == stacked["z"]

@@ -31,7 +31,9 @@ ORACLE = runpy.run_path(Path(__file__).parent / "data" / "partition" / "make_gol
 # d and scheme that reach each way to compute P theta: chunk by chunk (balanced-v1, d >= 256), or element by element.
 STREAM, GATHER, HASH = (300, "balanced-v1"), (97, "balanced-v1"), (97, "splitmix64")
 LOWERINGS = pytest.mark.parametrize("d, scheme", [STREAM, GATHER, HASH], ids=["stream", "gather", "hash"])
-BALANCED = pytest.mark.parametrize("d, scheme", [STREAM, GATHER], ids=["stream", "gather"])  # hash lowers as gather does
+BALANCED = pytest.mark.parametrize(
+    "d, scheme", [STREAM, GATHER], ids=["stream", "gather"]
+)  # hash lowers as gather does
 
 SHAPES = {"bias": (20,), "layer_10": {"kernel": (20, 24)}, "layer_2": {"kernel": (24, 20)}}
 N = 20 + 20 * 24 + 24 * 20
@@ -585,7 +587,9 @@ def test_dropout_has_one_mask_forward_and_backward(d, scheme):
 @pytest.mark.parametrize("options", [{"dropout": 0.0, "key": 0}, {"dropout": 0.5}, {"key": 0}], ids=str)
 def test_nothing_is_dropped_without_rate_or_key(options):
     options = options | ({"key": jax.random.key(0)} if "key" in options else {})
-    assert_equal(transform([jnp.zeros(W)], normal_theta(300), 3, **options), transform([jnp.zeros(W)], normal_theta(300), 3))
+    assert_equal(
+        transform([jnp.zeros(W)], normal_theta(300), 3, **options), transform([jnp.zeros(W)], normal_theta(300), 3)
+    )
 
 
 def test_masks_differ_between_keys_leaves_and_layers():
@@ -595,7 +599,8 @@ def test_masks_differ_between_keys_leaves_and_layers():
     options = {"targets": layout, "isometric": False, "dropout": 0.5}
     for scope in ("global", "block"):
         one, other = (
-            transform(zeros(shapes), jnp.ones(300), 3, scope=scope, key=jax.random.key(k), **options)["layers"] for k in (0, 1)
+            transform(zeros(shapes), jnp.ones(300), 3, scope=scope, key=jax.random.key(k), **options)["layers"]
+            for k in (0, 1)
         )
         masks = [*one["a"], *one["b"], *other["a"]]
         for k, mask in enumerate(masks):
@@ -654,7 +659,14 @@ def test_float32_of_leaves_is_kept_under_mixed_dtypes():
 
 
 def test_untargeted_leaves_are_the_same_objects():
-    params = {"q": jnp.ones((4, 5)), "other": jnp.ones(3), "steps": jnp.arange(3), "name": "text", "f": len, "none": None}
+    params = {
+        "q": jnp.ones((4, 5)),
+        "other": jnp.ones(3),
+        "steps": jnp.arange(3),
+        "name": "text",
+        "f": len,
+        "none": None,
+    }
     out = gpart_transform(params, jnp.ones(3), 3, targets="^q$")
     assert all(out[name] is params[name] for name in params if name != "q")
     assert np.all(out["q"] > params["q"])
@@ -735,7 +747,9 @@ def test_equinox():
 
 def run(theta=None, seed=3, params=None, **options):
     theta = jnp.ones(3) if theta is None else theta
-    return gpart_transform({"w": jnp.ones((4, 5)), "n": jnp.arange(3)} if params is None else params, theta, seed, **options)
+    return gpart_transform(
+        {"w": jnp.ones((4, 5)), "n": jnp.arange(3)} if params is None else params, theta, seed, **options
+    )
 
 
 PARTITION = make_partition(canonical_layout({"w": jnp.ones((4, 5))}), 3, 1)

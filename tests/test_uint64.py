@@ -85,7 +85,11 @@ def test_stream_is_splitmix64():
     """The outputs that circulate as SplitMix64's test vectors (seed 1234567: Rosetta Code; seed 0: Vigna's C code)."""
     known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
     assert uint64.stream_host(1234567, range(5)).tolist() == known
-    assert [int(uint64.stream_host(0, j)) for j in range(3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [int(uint64.stream_host(0, j)) for j in range(3)] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]
 
 
 @given(st.integers(0, MASK), NUMBERS)

@@ -11,7 +11,9 @@ def updates(trainable, gradient, steps, **options):
     state = optimizer.init(trainable)
     taken = []
     for _ in range(steps):
-        update, state = optimizer.update(jax.tree.map(lambda x: gradient * jnp.ones_like(x), trainable), state, trainable)
+        update, state = optimizer.update(
+            jax.tree.map(lambda x: gradient * jnp.ones_like(x), trainable), state, trainable
+        )
         taken.append(update)
     return taken
 

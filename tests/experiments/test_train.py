@@ -203,7 +203,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
         (("method", "dd", 3), r"Method 'gpart' .*unexpected keyword argument 'dd'"),
         (("method", "scheme", "balanced"), r"Unknown scheme 'balanced'. Choose one of balanced-v1, splitmix64"),
         (("method", "d", 10**9), r"d = 1000000000 must be between 1 and N = 2048"),
-        (("method", "targets", "nothing"), r"Target pattern 'nothing' matches no leaf. Paths look like: 'classifier/bias'"),
+        (
+            ("method", "targets", "nothing"),
+            r"Target pattern 'nothing' matches no leaf. Paths look like: 'classifier/bias'",
+        ),
         (("method", "name", "magic"), r"Unknown method 'magic'. Choose one of gpart, lora, head, full"),
         (("task", "name", "words"), r"Unknown task 'words'. Choose one of lexicon"),
         (("optimizer", "schedule", "steep"), r"Unknown schedule 'steep'"),
@@ -230,12 +233,16 @@ def test_the_comparison_draws_its_table_and_its_picture(make_config, tmp_path, c
     report.print_table(results)
     table = capsys.readouterr().out
     for row in results:
-        assert row["method"] in table and f"{row['trained_numbers']:,}" in table and f"{100 * row['test']:.1f} %" in table
+        assert (
+            row["method"] in table and f"{row['trained_numbers']:,}" in table and f"{100 * row['test']:.1f} %" in table
+        )
     report.draw(workdirs, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_help_shows_the_flags():
-    shown = subprocess.run([sys.executable, "-m", "experiments.train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "experiments.train", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert "--config" in shown.stdout and "--workdir" in shown.stdout
-    assert os.linesep.join(["Trains one method on one task"]) in shown.stdout
+    assert "Trains one method on one task" in shown.stdout

@@ -74,7 +74,9 @@ def golden() -> dict:
 
 def main() -> None:
     data = golden()
-    lines = [f' "{name}": [\n' + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]" for name, rows in data.items()]
+    lines = [
+        f' "{name}": [\n' + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]" for name, rows in data.items()
+    ]
     Path(__file__).with_name("balanced-v1.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
