@@ -30,7 +30,7 @@ def print_table(results: list[dict]) -> None:
 
 
 def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
-    """Draws learning curves, accuracy against size, and (for the first run) each test word's rating against its logit."""
+    """Draws training losses, accuracy against size, and (for the first run) each test word's rating against its logit."""
     runs = [
         (
             json.loads((workdir / "results.json").read_text()),
@@ -41,9 +41,8 @@ def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
     figure, (curves, sizes, words) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for results, metrics in runs:
         name, color = results["method"], COLORS[results["method"]]
-        key = f"validation_{results['metric']}"
-        points = [(row["step"], 100 * row[key]) for row in metrics if key in row]
-        curves.plot(*zip(*points), "-o", color=color, markersize=4)
+        points = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
+        curves.plot(*zip(*points), "-", color=color)
         curves.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center")
         sizes.plot(results["adapter_bytes"], 100 * results["test"], "o", color=color, markersize=10)
         sizes.annotate(
@@ -52,7 +51,7 @@ def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
             xytext=(0, 12), textcoords="offset points", color=color, ha="center",
         )  # fmt: skip
     metric = runs[0][0]["metric"]
-    curves.set(xlabel="step", ylabel=f"validation {metric} (%)", title="While training")
+    curves.set(xlabel="step", ylabel="training loss", title="While training")
     curves.margins(x=0.12)
     sizes.set(xlabel="adapter on disk (bytes)", ylabel=f"test {metric} (%)", title="For its size", xscale="log")
     sizes.margins(x=0.3, y=0.3)
@@ -60,7 +59,7 @@ def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
     for axes in (curves, sizes, words):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -73,13 +72,13 @@ def _draw_words(axes, workdir: pathlib.Path, results: dict) -> None:
     axes.scatter(rating[~right], margin[~right], s=9, alpha=0.7, color="#c44536", linewidths=0)
     axes.axhline(0, color="black", linewidth=0.7)
     axes.axvline(0, color="black", linewidth=0.7)
-    surest = np.argsort(np.where(right, -np.inf, np.abs(margin)))[-3:]
-    for row in (*surest, margin.argmax(), margin.argmin()):
+    wrong = np.where(right, 0, margin)
+    for row in (margin.argmax(), margin.argmin(), wrong.argmax(), wrong.argmin()):
         axes.annotate(
             rows[row]["text"], (rating[row], margin[row]), fontsize=8, xytext=(4, 3), textcoords="offset points"
         )
     axes.set(
-        xlabel="people's mean rating, never seen in training",
+        xlabel="people's mean rating (its sign is the label)",
         ylabel="logit of positive minus negative",
         title=f"{len(rows):,} test words, {results['method']}: {np.count_nonzero(~right)} wrong (red)",
     )
