@@ -34,6 +34,7 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
                 f"{workdir} holds another experiment: {'; '.join(differences)}. "
                 f"Choose another workdir, or give the same config to go on with that run."
             )
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, mine)
 
