@@ -15,9 +15,9 @@ balanced-v1 (default). Element i is in chunk c = i // d at position r = i % d, a
 splitmix64. group = mix(i + seed + GAMMA) mod d, the "stateless" backend of the authors' PyTorch release, bit for bit.
   Sizes are multinomial and a group may be empty; it is then scaled by 1, as it is there.
 
-Scopes. "global" numbers all N elements together. "block" gives each of the B numbered blocks (`layer_3/...`, or each layer
-of a stacked leaf) a slice of theta of d // B numbers, the first d % B blocks one more; block b is a partition of its own
-with the seed s(seed, 9 + b).
+Scopes. "global" numbers all N elements together. "block" gives each of the B numbered blocks (all leaves whose paths are
+the same up to the first number, `layer_3/...`; or each layer of the stacked leaves) a slice of theta of d // B numbers, the
+first d % B blocks one more; block b in canonical order is a partition of its own with the seed s(seed, 9 + b).
 """
 
 import dataclasses
@@ -271,21 +271,21 @@ def _global_region(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Regi
 
 
 def _block_regions(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Region, ...]:
-    blocks: dict[int, list[View]] = {}
+    blocks: dict[tuple[str, int], list[View]] = {}  # in canonical order
     for leaf in layout.leaves:
         if leaf.stacked:
             for number, layer in enumerate(leaf.layers()):
-                blocks.setdefault(number, []).append(View(layer, number))
+                blocks.setdefault(("", number), []).append(View(layer, number))
             continue
-        match = re.search(r"(\d+)(/|$)", leaf.path)
+        match = re.search(r"([0-9]+)(/|$)", leaf.path)
         if not match:
             raise ValueError(
                 f"scope='block' needs leaves of numbered blocks (layer_3/..., layers/3/..., or stacked leaves), "
                 f"but {leaf.path!r} has no number. Narrow the targets, or use scope='global'."
             )
-        blocks.setdefault(int(match.group(1)), []).append(View(leaf, None))
+        blocks.setdefault((leaf.path[: match.start()], int(match.group(1))), []).append(View(leaf, None))
     regions, start = [], 0
-    for b, (_, views) in enumerate(sorted(blocks.items())):
+    for b, views in enumerate(blocks.values()):
         share = d // len(blocks) + (b < d % len(blocks))
         offset, renumbered = 0, []
         for view in sorted(views, key=lambda view: view.leaf.offset):

@@ -65,7 +65,8 @@ class Layout:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that depend on what is numbered how, and not on paths, stacking or storage order.
 
-        Each layer of each leaf enters with its offset and its shape in canonical (descending stride) axis order.
+        Each layer of each leaf enters with its offset and its shape in canonical (descending stride) axis order. It can't
+        tell a square matrix from its transpose; an adapter's fingerprint of the base model can.
         """
         rows = []
         for leaf in self.leaves:

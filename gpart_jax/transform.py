@@ -2,7 +2,7 @@
 
 P theta is one gather and P^T g one segment sum. For balanced-v1 a dense leaf never looks at single elements: each chunk
 of d elements is a rotation of one of 8 tables of scaled theta, so both directions move contiguous runs (`_stream`). Any
-other leaf, and splitmix64, computes positions element by element (`_gather`) and computes them again on the way back, so
+other leaf, and splitmix64, computes positions element by element (`slots`) and computes them again on the way back, so
 that nothing of N entries is kept from forward to backward.
 """
 
@@ -35,7 +35,8 @@ def gpart_transform(
     """Adds P theta to the targeted leaves of a frozen model (arXiv 2605.14841).
 
     Pure; works under jit, grad (reverse mode), vmap, scan and shard_map. The gradient with respect to theta is P^T of the
-    gradient with respect to the adapted weights.
+    gradient with respect to the adapted weights. P theta has the same bits however it is compiled or sharded; in the sum
+    with the frozen weights a compiler may round once instead of twice.
 
     Args:
       params: any pytree with the frozen weights: Flax Linen params, an NNX State, an Equinox module, plain containers.
@@ -89,13 +90,12 @@ def gpart_transform(
 
 def _deltas(partition: Partition, theta, dropout, key) -> dict[str, jax.Array]:
     """P theta, leaf by leaf, in float32 or wider."""
-    theta = theta.astype(jnp.promote_types(theta.dtype, jnp.float32))
     if key is not None:  # in shard_map, a key that varies over mesh axes makes theta vary over them too
         theta += jnp.zeros_like(jax.random.key_data(key), shape=(), dtype=theta.dtype)
     whole, layers = {}, {}
     count = 0
     for region, rho, scale in zip(partition.regions, partition.permutations, partition.scales):
-        table = _table(theta[region.start : region.start + region.d] * scale, rho)
+        table = _table(theta[region.start : region.start + region.d] * scale, rho)  # float32 or wider, as scale is
         for view in region.views:
             mask_key = None if key is None else jax.random.fold_in(key, count)
             delta = _expand(region, view.leaf, dropout, table, mask_key)

@@ -190,6 +190,18 @@ def test_slots_of_small_shapes(scheme, shape, strides):
         assert groups_of_slots(where, found).reshape(-1).tolist() == expected
 
 
+LONG = [Leaf("vector", (9001,), 2**40 + 3, (1,)), Leaf("matrix", (2, 4097), 2**64 - 10**12, (7, 2**27 + 1))]
+
+
+@pytest.mark.parametrize("leaf", LONG, ids=lambda leaf: leaf.path)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_slots_along_a_long_axis(scheme, leaf):
+    """An axis of more than 4096 elements is computed as two."""
+    where = region(scheme, 2**64 - 3, 97)
+    expected = list(map(python_group(scheme, 97, where.seed), python_indices(leaf)))
+    assert groups_of_slots(where, slots(where, leaf)).reshape(-1).tolist() == expected
+
+
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_slots_under_jit(scheme, x64):
@@ -340,3 +352,11 @@ def test_more_theta_than_a_block_holds():
     tree = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (2, 50)]
     with pytest.raises(ValueError, match="block 0 of 2 5 of d = 10 for its 2 weights"):
         make_partition(canonical_layout(tree), 10, 4, scope="block")
+
+
+def test_blocks_of_two_stacks_are_apart():
+    leaf = jax.ShapeDtypeStruct((5,), jnp.float32)
+    tree = {"encoder": [leaf, leaf], "decoder": [leaf, leaf], "layer_10": leaf, "layer_9": leaf}
+    regions = make_partition(canonical_layout(tree), 12, 1, scope="block").regions
+    paths = [[view.leaf.path for view in region.views] for region in regions]
+    assert paths == [["decoder/0"], ["decoder/1"], ["encoder/0"], ["encoder/1"], ["layer_9"], ["layer_10"]]
