@@ -17,7 +17,7 @@ from gpart_jax import partition as partitions
 from gpart_jax.partition import Partition, Region
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
-_SHORTEST_RUN = 256  # below this d, a loop over chunks costs more than looking at each element
+_SHORTEST_RUN = 256  # the stream holds 2 N / d chunk constants in the program: from this d on, under 1 % of N
 
 
 def gpart_transform(
