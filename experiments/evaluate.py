@@ -15,14 +15,29 @@ import ml_collections
 import numpy as np
 from absl import app, flags
 from flax import linen as nn
-from sklearn.metrics import accuracy_score
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from experiments import data
 from experiments.logger import quiet
+from experiments.tasks import load_task
 from gpart_jax import load_adapter
 from gpart_jax.models import pretrained
 
-METRICS = {"accuracy": accuracy_score}
+
+
+def _correlation(function):
+    """Of labels and predictions; 0 where all predictions are equal, as Matthews' is, instead of NaN."""
+    return lambda labels, scores: 0.0 if np.ptp(scores) == 0 else function(labels, scores).statistic
+
+
+METRICS = {  # (labels, predictions) -> number
+    "accuracy": accuracy_score,
+    "f1": f1_score,  # of label 1
+    "matthews": matthews_corrcoef,
+    "pearson": _correlation(pearsonr),
+    "spearman": _correlation(spearmanr),
+}
 
 
 class Experiment(NamedTuple):
@@ -36,33 +51,52 @@ class Experiment(NamedTuple):
 def build(config: ml_collections.ConfigDict) -> Experiment:
     """Loads the pretrained model and the tokenized task of a config."""
     directory = pretrained.locate(config.model.source)
-    task = data.load_task(config.task.name, directory, config.task.max_length)
+    task = load_task(config.task.to_dict(), directory, config.seed)
     model, params = pretrained.load_encoder(
-        directory, len(task.labels), key=jax.random.key(config.seed), dtype=jnp.dtype(config.model.dtype)
+        directory,
+        task.outputs,
+        key=jax.random.key(config.seed),
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
     )
-    dropout = {name: config.model.dropout for name in ("hidden_dropout", "attention_dropout", "classifier_dropout")}
-    return Experiment(model.clone(config=dataclasses.replace(model.config, **dropout)), params, task)
+    if task.max_length > model.config.max_length:
+        raise ValueError(
+            f"config.task.max_length = {task.max_length}, but {config.model.source} takes {model.config.max_length} tokens."
+        )
+    if config.model.dropout is not None:
+        rates = dict.fromkeys(("hidden_dropout", "attention_dropout", "classifier_dropout"), config.model.dropout)
+        model = model.clone(config=dataclasses.replace(model.config, **rates))
+    return Experiment(model, params, task)
 
 
 def predict(experiment: Experiment, params, examples: list[dict], batch_size: int) -> np.ndarray:
-    """Logits of a model with adapted params, float32 (examples, labels)."""
-    logits = []
-    pad = experiment.model.config.pad_token_id
+    """Logits of a model with adapted params, float32 (examples, outputs)."""
+    logits = np.zeros((len(examples), experiment.task.outputs), np.float32)
+    pad, max_length = experiment.model.config.pad_token_id, experiment.task.max_length
+    by_length = np.argsort([len(example["input_ids"]) for example in examples], kind="stable")  # little padding
     for start in range(0, len(examples), batch_size):
-        rows = examples[start : start + batch_size]
-        filled = rows + rows[:1] * (batch_size - len(rows))  # one shape to compile, the last batch too
-        logits.append(np.asarray(_logits(experiment.model, params, data.collate(filled, pad)))[: len(rows)])
-    return np.concatenate(logits)
+        chosen = by_length[start : start + batch_size]
+        filled = np.resize(chosen, batch_size)  # repeats some, so that the last batch has the shape of the others
+        batch = data.collate([examples[n] for n in filled], pad, max_length)
+        inputs = {name: batch[name] for name in data.INPUTS if name in batch}
+        logits[chosen] = _logits(experiment.model, params, inputs)[: len(chosen)]
+    return logits
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, params, batch):
-    return model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])
+def _logits(model, params, inputs):
+    return model.apply({"params": params}, **inputs)
 
 
-def score(task: data.Task, examples: list[dict], logits: np.ndarray) -> float:
-    """The task's metric."""
-    return float(METRICS[task.metric]([example["label"] for example in examples], logits.argmax(-1)))
+def predictions(task: data.Task, logits: np.ndarray) -> np.ndarray:
+    """The predicted labels, or the scores of a regression: (examples,)."""
+    return logits[:, 0] if task.labels is None else logits.argmax(-1)
+
+
+def score(task: data.Task, examples: list[dict], logits: np.ndarray) -> dict[str, float]:
+    """The task's metrics by name."""
+    labels = [example["label"] for example in examples]
+    return {name: float(METRICS[name](labels, predictions(task, logits))) for name in task.metrics}
 
 
 def main(_):
@@ -75,8 +109,11 @@ def main(_):
     method, trainable = load_adapter(workdir / "adapter.safetensors", experiment.params)
     params = jax.jit(method.apply)(experiment.params, trainable)
     examples = getattr(experiment.task, split)
-    value = score(experiment.task, examples, predict(experiment, params, examples, config.train.eval_batch_size))
-    print(f"{split} {experiment.task.metric} {value:.4f} on {len(examples)} examples")
+    if not examples:
+        raise app.UsageError(f"This run held out no {split} examples (config.task.holdout).")
+    scores = score(experiment.task, examples, predict(experiment, params, examples, config.train.eval_batch_size))
+    for name, value in scores.items():
+        print(f"{split} {name} {value:.4f} on {len(examples)} examples")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The workdir then holds: config.json; checkpoints/ (what is trained, its optimize
 frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best epoch); results.json; predictions.jsonl.
 """
 
-import functools
 import json
 import math
 import pathlib
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -27,6 +25,7 @@ from experiments.checkpoint import Checkpoints, Interrupt, claim_workdir, write_
 from experiments.config import check_config
 from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
+from experiments.step import make_loss, make_train_step
 from gpart_jax import load_adapter, save_adapter
 from gpart_jax.methods import from_spec, trained_numbers
 
@@ -55,7 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     total_steps = config.train.epochs * steps_per_epoch
     optimizer = make_optimizer(total_steps, **config.optimizer)
     batches = data.train_batches(
-        task.train, config.train.batch_size, config.train.epochs, config.seed, model.config.pad_token_id
+        task, config.train.batch_size, config.train.epochs, config.seed, model.config.pad_token_id
     )
 
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
@@ -68,24 +67,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         "best": {"trainable": trainable, "score": -math.inf, "epoch": 0},
     }
 
-    @functools.partial(jax.jit, donate_argnames=("trainable", "optimizer_state"))
-    def train_step(trainable, optimizer_state, frozen, batch, key, step):
-        method_key, model_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(key), step))
-
-        def loss_fn(trainable):
-            params = method.apply(frozen, trainable, method_key)
-            logits = model.apply(
-                {"params": params}, batch["input_ids"], batch["attention_mask"], train=True, rngs={"dropout": model_key}
-            )
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-
-        loss, gradient = jax.value_and_grad(loss_fn)(trainable)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
-        return optax.apply_updates(trainable, updates), optimizer_state, loss
-
+    train_step = make_train_step(make_loss(model, method, task), optimizer)
     adapt = jax.jit(method.apply)
 
-    def score(examples, trainable) -> tuple[float, np.ndarray]:
+    def score(examples, trainable) -> tuple[dict[str, float], np.ndarray]:
         logits = evaluate.predict(experiment, adapt(frozen, trainable), examples, config.train.eval_batch_size)
         return evaluate.score(task, examples, logits), logits
 
@@ -113,14 +98,15 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
                     losses = []
                 if step % steps_per_epoch == 0:
                     epoch = step // steps_per_epoch
-                    value, _ = score(task.validation, state["trainable"])
-                    if value > state["best"]["score"]:
+                    scores = score(task.validation, state["trainable"])[0] if task.validation else {}
+                    value = scores.get(task.metrics[0], -math.inf)
+                    if value > state["best"]["score"] or not task.validation:  # without one, the last epoch is kept
                         kept = jax.tree.map(np.array, state["trainable"])
                         state["best"] = {"trainable": kept, "score": value, "epoch": epoch}
-                    logger.write(step, **{f"validation_{task.metric}": value})
-                    logger.say(
-                        f"epoch {epoch} of {config.train.epochs}  loss {mean:.4f}  validation {task.metric} {value:.4f}"
-                    )
+                    if scores:
+                        logger.write(step, **{f"validation_{name}": value for name, value in scores.items()})
+                    shown = "".join(f"  validation {name} {value:.4f}" for name, value in scores.items())
+                    logger.say(f"epoch {epoch} of {config.train.epochs}  loss {mean:.4f}{shown}")
                     watch.restart()
                 stop = interrupt.requested  # read once: it may come at any moment
                 if stop or step % config.train.checkpoint_every == 0 or step == total_steps:
@@ -135,18 +121,20 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
             best, adapter = state["best"], workdir / "adapter.safetensors"
             save_adapter(adapter, config.method.to_dict(), best["trainable"], frozen, config.head_targets)
             _, loaded = load_adapter(adapter, frozen)
-            value, logits = score(task.test, loaded)
-            logger.say(f"test {task.metric} {value:.4f} with the adapter of epoch {best['epoch']}: {adapter}")
+            scores, logits = score(task.test, loaded)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            logger.say(f"test {shown} with the adapter of epoch {best['epoch']}: {adapter}")
 
-    write_predictions(workdir / "predictions.jsonl", task.test, logits)
+    write_predictions(workdir / "predictions.jsonl", task, task.test, logits)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     results = {
         "method": config.method.name,
         "task": config.task.name,
         "seed": config.seed,
-        "metric": task.metric,
-        "test": value,
-        "validation": float(best["score"]),
+        "metric": task.metrics[0],
+        "test": scores[task.metrics[0]],
+        "test_scores": scores,
+        "validation": float(best["score"]) if task.validation else None,
         "best_epoch": int(best["epoch"]),
         "steps": total_steps,
         "trained_numbers": trained_numbers(best["trainable"]),
@@ -178,12 +166,12 @@ class Stopwatch:
         return seconds
 
 
-def write_predictions(path: pathlib.Path, examples: list[dict], logits: np.ndarray) -> None:
-    """One JSON object a line: what is known of the example, the predicted label, the logits."""
+def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict], logits: np.ndarray) -> None:
+    """One JSON object a line: what is known of the example, the predicted label or score, the logits."""
     with path.open("w") as file:
-        for example, row in zip(examples, logits):
-            known = {name: value for name, value in example.items() if name != "input_ids"}
-            file.write(json.dumps(known | {"prediction": int(row.argmax()), "logits": row.tolist()}) + "\n")
+        for example, row, prediction in zip(examples, logits.tolist(), evaluate.predictions(task, logits).tolist()):
+            known = {name: value for name, value in example.items() if name not in data.INPUTS}
+            file.write(json.dumps(known | {"prediction": prediction, "logits": row}) + "\n")
 
 
 def main(_):

@@ -1,0 +1,36 @@
+"""Is a word positive or negative? A task from a package alone."""
+
+import hashlib
+import importlib.util
+import pathlib
+import re
+
+import tokenizers
+
+from experiments.data import Task, encode
+
+
+def lexicon(tokenizer: tokenizers.Tokenizer, *, max_length: int, seed: int) -> Task:
+    """The human-rated words of VADER's lexicon (Hutto and Gilbert, ICWSM 2014).
+
+    The 7,340 entries that hold a letter; the label is the sign of the mean rating of ten people, -4 ... 4. A hash of the
+    lower-cased word splits them 7 : 1 : 2, so that the split is fixed for ever and no spelling is on both sides.
+
+    Raises:
+      FileNotFoundError: the package vaderSentiment isn't installed.
+    """
+    del seed
+    spec = importlib.util.find_spec("vaderSentiment")
+    if spec is None:
+        raise FileNotFoundError("The word list comes with a package that is missing. Run: pip install vaderSentiment")
+    lines = (pathlib.Path(spec.origin).parent / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
+    splits = {"train": [], "validation": [], "test": []}
+    for line in lines:
+        word, rating = line.split("\t")[:2]
+        if re.search("[A-Za-z]", word):
+            tenth = int.from_bytes(hashlib.sha256(word.lower().encode()).digest()[:8]) % 10
+            name = "train" if tenth < 7 else "validation" if tenth == 7 else "test"
+            splits[name].append({"text": word, "label": int(float(rating) > 0), "rating": float(rating)})
+    for name, examples in splits.items():
+        encode(tokenizer, examples, max_length, f"lexicon {name}")
+    return Task(**splits, labels=("negative", "positive"), metrics=("accuracy",), max_length=max_length)
