@@ -76,7 +76,7 @@ def get_config(arguments: str = "sst2") -> ml_collections.ConfigDict:
         }[method]
     )
     if method == "gpart":
-        config.method.seed = config.get_ref("seed")
+        config.method.seed = config.get_oneway_ref("seed")  # an override of one leaves the other its own
     config.head_targets = "^classifier/"  # trained beside the method, with its own learning rate
 
     config.train = ml_collections.ConfigDict()
@@ -101,9 +101,13 @@ def _parse(arguments: str) -> tuple[str, str, str]:
     for word in rest:
         kind = "size" if word in MODELS else "method" if word in METHODS else None
         if kind is None:
-            raise ValueError(f"configs/glue.py: {word!r} is neither a size ({', '.join(MODELS)}) nor a method ({', '.join(METHODS)}).")
+            raise ValueError(
+                f"configs/glue.py: {word!r} is neither a size ({', '.join(MODELS)}) nor a method ({', '.join(METHODS)})."
+            )
         chosen[kind] = word
     tasks = SMALL if chosen["size"] == "minilm" else LORA_EPOCHS
     if task not in tasks:
-        raise ValueError(f"configs/glue.py has no task {task!r} for {chosen['size']}. Choose one of {', '.join(tasks)}.")
+        raise ValueError(
+            f"configs/glue.py has no task {task!r} for {chosen['size']}. Choose one of {', '.join(tasks)}."
+        )
     return task, chosen["size"], chosen["method"]

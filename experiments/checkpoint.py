@@ -23,9 +23,9 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
     if (workdir / "results.json").exists() or any((workdir / "checkpoints").glob("[0-9]*")):
         if not path.exists():
             raise ValueError(f"{workdir} has checkpoints but no config.json to say whose. Choose another workdir.")
-        here, there = _flat(mine), _flat(json.loads(path.read_text()))
+        here, there = flatten(mine), flatten(json.loads(path.read_text()))
         differences = [
-            f"{key} is {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
+            f"config.{key} is {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
             for key in sorted(there.keys() | here.keys())
             if there.get(key, "absent") != here.get(key, "absent")
         ]
@@ -118,8 +118,9 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def _flat(tree: dict, prefix: str = "config") -> dict:
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"method": {"d": 4096}} -> {"method.d": 4096}."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -25,7 +25,6 @@ from gpart_jax import load_adapter
 from gpart_jax.models import pretrained
 
 
-
 def _correlation(function):
     """Of labels and predictions; 0 where all predictions are equal, as Matthews' is, instead of NaN."""
     return lambda labels, scores: 0.0 if np.ptp(scores) == 0 else function(labels, scores).statistic

@@ -7,10 +7,10 @@ import pathlib
 import tokenizers
 
 from experiments.data import Task
-from experiments.tasks.glue import FIELDS, glue
-from experiments.tasks.lexicon import lexicon
+from experiments.tasks.glue import FIELDS, load_glue
+from experiments.tasks.lexicon import load_lexicon
 
-TASKS = {"lexicon": lexicon} | {f"glue/{name}": functools.partial(glue, name) for name in FIELDS}
+TASKS = {"lexicon": load_lexicon} | {f"glue/{name}": functools.partial(load_glue, name) for name in FIELDS}
 
 
 def load_task(spec: dict, model_dir: pathlib.Path, seed: int) -> Task:

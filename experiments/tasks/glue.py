@@ -29,7 +29,7 @@ METRICS = {  # GLUE's; the first one chooses the epoch
 SCORES = (0.0, 5.0)  # the range of STS-B's labels
 
 
-def glue(
+def load_glue(
     name: str,
     tokenizer: tokenizers.Tokenizer,
     *,

@@ -10,7 +10,7 @@ import tokenizers
 from experiments.data import Task, encode
 
 
-def lexicon(tokenizer: tokenizers.Tokenizer, *, max_length: int, seed: int) -> Task:
+def load_lexicon(tokenizer: tokenizers.Tokenizer, *, max_length: int, seed: int) -> Task:
     """The human-rated words of VADER's lexicon (Hutto and Gilbert, ICWSM 2014).
 
     The 7,340 entries that hold a letter; the label is the sign of the mean rating of ten people, -4 ... 4. A hash of the

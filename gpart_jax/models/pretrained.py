@@ -101,9 +101,7 @@ def _from_package(name: str) -> pathlib.Path:
     raise FileNotFoundError(f"The package {name!r} has no directory with config.json and *.safetensors. Give another.")
 
 
-def load_encoder(
-    source: str | os.PathLike, num_labels: int, *, key: jax.Array, dtype=jnp.float32, remat: bool = False
-):
+def load_encoder(source: str | os.PathLike, num_labels: int, *, key: jax.Array, dtype=jnp.float32, remat: bool = False):
     """A pretrained BERT (arXiv 1810.04805) or RoBERTa (arXiv 1907.11692) under a head of `num_labels` outputs.
 
     The head is the checkpoint's if it has one of `num_labels` outputs, and otherwise fresh: normal with the config's

