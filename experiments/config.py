@@ -8,9 +8,9 @@ _KEYS = {  # None: a value, or a section that is checked by its user
     "seed": None,
     "head_targets": None,
     "method": None,  # by gpart_jax.methods.from_spec
-    "model": {"source", "dtype", "dropout", "remat"},
+    "model": {"source", "dtype", "dropout"},
     "task": None,  # by experiments.tasks.load_task
-    "train": {"epochs", "batch_size", "eval_batch_size", "log_every", "checkpoint_every"},
+    "train": {"epochs", "batch_size", "accumulate", "eval_batch_size", "log_every", "checkpoint_every"},
     "optimizer": {"lr", "head_lr", "weight_decay", "schedule", "warmup"},
 }
 

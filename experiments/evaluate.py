@@ -56,7 +56,6 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         task.outputs,
         key=jax.random.key(config.seed),
         dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
     )
     if task.max_length > model.config.max_length:
         raise ValueError(

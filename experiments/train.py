@@ -53,6 +53,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     steps_per_epoch = len(task.train) // config.train.batch_size
     total_steps = config.train.epochs * steps_per_epoch
     optimizer = make_optimizer(total_steps, **config.optimizer)
+    if config.train.batch_size % config.train.accumulate:
+        raise ValueError(
+            f"config.train.batch_size = {config.train.batch_size} must be a multiple of config.train.accumulate = "
+            f"{config.train.accumulate}."
+        )
     batches = data.train_batches(
         task, config.train.batch_size, config.train.epochs, config.seed, model.config.pad_token_id
     )
@@ -67,7 +72,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         "best": {"trainable": trainable, "score": -math.inf, "epoch": 0},
     }
 
-    train_step = make_train_step(make_loss(model, method, task), optimizer)
+    train_step = make_train_step(make_loss(model, method, task), optimizer, config.train.accumulate)
     adapt = jax.jit(method.apply)
 
     def score(examples, trainable) -> tuple[dict[str, float], np.ndarray]:

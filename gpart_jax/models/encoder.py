@@ -95,8 +95,7 @@ class EncoderClassifier(nn.Module):
     """Token ids to the logits of each sequence, or to its score when num_labels is 1.
 
     Call it as `model.apply({"params": params}, input_ids, attention_mask)`; to train, add `train=True` and
-    `rngs={"dropout": key}`. Weights are float32; `dtype` is what all but the head compute in. With `remat`, the backward pass
-    keeps the output of each layer and computes what is inside it again: a third more work for an order less memory.
+    `rngs={"dropout": key}`. Weights are float32; `dtype` is what all but the head compute in.
 
     Args:
       input_ids: int (B, L); L is at most `config.max_length`.
@@ -114,15 +113,13 @@ class EncoderClassifier(nn.Module):
     config: EncoderConfig
     num_labels: int
     dtype: Any = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, input_ids, attention_mask, token_type_ids=None, *, train: bool = False) -> jax.Array:
         config = self.config
         hidden = Embeddings(config, self.dtype, name="embeddings")(input_ids, token_type_ids, train)  # (B, L, H)
-        layer = nn.remat(Layer, static_argnums=3) if self.remat else Layer  # 3: train
         for index in range(config.num_layers):
-            hidden = layer(config, self.dtype, name=f"layer_{index}")(hidden, attention_mask, train)
+            hidden = Layer(config, self.dtype, name=f"layer_{index}")(hidden, attention_mask, train)
         first = hidden[:, 0]  # (B, H), of [CLS] or <s>
         rate = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
         if config.family == "roberta":

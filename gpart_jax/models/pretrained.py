@@ -101,7 +101,7 @@ def _from_package(name: str) -> pathlib.Path:
     raise FileNotFoundError(f"The package {name!r} has no directory with config.json and *.safetensors. Give another.")
 
 
-def load_encoder(source: str | os.PathLike, num_labels: int, *, key: jax.Array, dtype=jnp.float32, remat: bool = False):
+def load_encoder(source: str | os.PathLike, num_labels: int, *, key: jax.Array, dtype=jnp.float32):
     """A pretrained BERT (arXiv 1810.04805) or RoBERTa (arXiv 1907.11692) under a head of `num_labels` outputs.
 
     The head is the checkpoint's if it has one of `num_labels` outputs, and otherwise fresh: normal with the config's
@@ -112,7 +112,6 @@ def load_encoder(source: str | os.PathLike, num_labels: int, *, key: jax.Array, 
       num_labels: classes, or 1 for regression.
       key: draws what is fresh.
       dtype: what the model computes in; the weights are float32 whatever they were stored as.
-      remat: as in `EncoderClassifier`.
 
     Returns:
       (model, params): an `EncoderClassifier` and its nested dict of float32 arrays.
@@ -123,7 +122,7 @@ def load_encoder(source: str | os.PathLike, num_labels: int, *, key: jax.Array, 
     """
     directory = locate(source)
     config = EncoderConfig.from_hf(_read_json(directory / "config.json"))
-    model = EncoderClassifier(config, num_labels, dtype, remat)
+    model = EncoderClassifier(config, num_labels, dtype)
     token = jnp.zeros((1, 1), jnp.int32)
     expected = traverse_util.flatten_dict(jax.eval_shape(model.init, key, token, token)["params"], sep="/")
 

@@ -89,3 +89,21 @@ def test_a_regression_trains_on_the_squared_error(tiny_model):
     scores = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])[:, 0]
     expected = np.mean([(score - 1.5 * n) ** 2 for n, score in enumerate(np.array(scores))])
     np.testing.assert_allclose(make_loss(model, method, task)(trainable, params, batch), expected, rtol=1e-5)
+
+
+def test_parts_of_a_batch_add_up_to_its_step(tiny_model):
+    model, params = load_encoder(tiny_model, 2, key=jax.random.key(0))
+    method = chain(gpart(64, targets="attention"), head("^classifier/"))
+    task = data.Task([], [], [], ("0", "1"), ("accuracy",), 16)
+    batch = data.collate([{"input_ids": np.array([2, 5 + n, 3]), "label": n % 2} for n in range(12)], 0, 16)
+    loss, optimizer = make_loss(model, method, task), optax.sgd(1.0)
+    results = []
+    for accumulate in (1, 4):
+        step = make_train_step(
+            lambda trainable, frozen, batch, key: loss(trainable, frozen, batch), optimizer, accumulate
+        )
+        trainable = method.init(params, jax.random.key(0))
+        key_data = jax.random.key_data(jax.random.key(0))
+        results.append(step(trainable, optimizer.init(trainable), params, batch, key_data, 0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), *results)
+    assert results[0][0]["theta"].any()

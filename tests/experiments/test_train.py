@@ -213,6 +213,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
         (("task", "name", "words"), r"Unknown task 'words'. Choose one of lexicon, glue/cola"),
         (("optimizer", "schedule", "steep"), r"Unknown schedule 'steep'"),
         (("train", "batch_size", 10**6), r"batch_size = 1000000 must be between 1 and 5"),
+        (("train", "accumulate", 5), r"batch_size = 32 must be a multiple of config.train.accumulate = 5"),
         (("train", "log_every", 0), r"config.train.log_every must be a positive integer, not 0"),
         (("model", "source", "/no/such/place"), r"/no/such/place"),
     ],
