@@ -54,6 +54,6 @@ def test_logits(adapted):
     tokenizer = tokenizers.Tokenizer.from_file(str(pretrained.locate(MINILM) / "tokenizer.json"))
     tokenizer.no_padding()
     encoded = [{"input_ids": encoding.ids, "label": 0} for encoding in tokenizer.encode_batch(expected["texts"])]
-    batch = collate(encoded, model.config.pad_token_id)
+    batch = collate(encoded, model.config.pad_token_id, 128)
     logits = model.apply({"params": adapted}, batch["input_ids"], batch["attention_mask"])
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)

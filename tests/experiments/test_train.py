@@ -116,7 +116,7 @@ def test_the_adapter_on_disk_scores_as_reported(undisturbed, config):
     params = method.apply(experiment.params, trainable)
     logits = evaluate.predict(experiment, params, experiment.task.test, 100)
     results = json.loads((undisturbed / "results.json").read_text())
-    assert evaluate.score(experiment.task, experiment.task.test, logits) == results["test"]
+    assert evaluate.score(experiment.task, experiment.task.test, logits) == results["test_scores"]
 
 
 @pytest.mark.parametrize("steps", [(1, 100, 250), (165, 320)])
