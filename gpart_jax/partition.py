@@ -202,20 +202,35 @@ def group_sizes(region: Region, rho=None) -> np.ndarray:
     return sizes
 
 
-def slots(region: Region, leaf: Leaf) -> jax.Array:
+Part = tuple[int, int | jax.Array, int]  # (axis, start, length): a slice of a leaf
+
+
+def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None) -> jax.Array:
     """Where each element of a leaf finds its value: positions in the region's flattened table, in a compiled program.
 
     The table is rho applied to scaled theta, (8, d), for balanced-v1, and scaled theta itself, (d,), for splitmix64.
 
+    Args:
+      layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
+      part: (axis, start, length): that slice alone, of the leaf or of its layer. The start may be traced.
+
     Returns:
-      int32 of `leaf.shape`. Computed element by element from a small table for each axis, exactly for any N < 2^64.
+      int32 of the shape of what is asked for. Computed element by element from a small table for each axis, exactly for any
+      N < 2^64.
     """
+    picks = {} if layer is None else {0: (layer, 1)}  # axis: (start, length)
+    if part is not None:
+        picks[part[0] if layer is None else part[0] + 1] = part[1:]
     axes = [(1, 0)]  # (length, step); the first carries the offset
-    padded = []
-    for n, step in zip(leaf.shape, leaf.strides):
-        if n <= _LONGEST_AXIS:
+    shape, padded = [], []
+    taken = {}  # table: (start, length)
+    for axis, (n, step) in enumerate(zip(leaf.shape, leaf.strides)):
+        shape.append(picks[axis][1] if axis in picks else n)
+        if n <= _LONGEST_AXIS or axis in picks:
+            if axis in picks:
+                taken[len(axes)] = picks[axis]
             axes.append((n, step))
-            padded.append(n)
+            padded.append(shape[-1])
         else:  # as two axes, so that the table of a leaf of one long axis has not N entries
             inner = 2 ** math.isqrt(n).bit_length()
             outer = -(-n // inner)
@@ -223,15 +238,19 @@ def slots(region: Region, leaf: Leaf) -> jax.Array:
             padded.append(outer * inner)
     along = [np.arange(n, dtype=np.uint64) * np.uint64(step & uint64.MASK) for n, step in axes]
     along[0] = along[0] + np.uint64(leaf.offset)
+
+    def laid(arrays, k):
+        return _on_axis(arrays, k, len(axes), taken.get(k))
+
     if region.scheme == "splitmix64":
-        index = functools.reduce(uint64.add, (_on_axis(uint64.split(x), k, len(axes)) for k, x in enumerate(along)))
+        index = functools.reduce(uint64.add, (laid(uint64.split(x), k) for k, x in enumerate(along)))
         slot = uint64.remainder(uint64.mix(uint64.add(index, uint64.split(_splitmix64_offset(region)))), region.d)
     else:
         d = np.uint32(region.d)
         c, r = None, None  # mixed radix: index = c * d + r, so that no element needs a 64-bit division
         for k, x in enumerate(along):
             quotient, rest = np.divmod(x, np.uint64(region.d))
-            *quotient, rest = _on_axis((*uint64.split(quotient), rest.astype(np.uint32)), k, len(axes))
+            *quotient, rest = laid((*uint64.split(quotient), rest.astype(np.uint32)), k)
             if c is None:
                 c, r = quotient, rest
             else:
@@ -242,13 +261,17 @@ def slots(region: Region, leaf: Leaf) -> jax.Array:
         high, low = uint64.mix(uint64.add(step, uint64.split(_chunk_key(region))))
         rotated = r + high % d
         slot = low % np.uint32(TABLES) * d + jnp.where(rotated >= d, rotated - d, rotated)
-    return slot.astype(jnp.int32).reshape(padded)[tuple(slice(n) for n in leaf.shape)]
+    slot = slot.astype(jnp.int32).reshape(padded)[tuple(slice(n) for n in shape)]
+    return slot if layer is None else slot[0]
 
 
-def _on_axis(arrays, axis: int, ndim: int):
-    """1-D tables laid along `axis`. The barrier keeps XLA from folding N constants into the program."""
-    shape = [-1 if k == axis else 1 for k in range(ndim)]
-    return tuple(a.reshape(shape) for a in jax.lax.optimization_barrier(tuple(jnp.asarray(a) for a in arrays)))
+def _on_axis(arrays, axis: int, ndim: int, pick=None):
+    """1-D tables, or slices (start, length) of them, laid along `axis`."""
+    # The barrier keeps XLA from folding N constants into the program.
+    arrays = jax.lax.optimization_barrier(tuple(jnp.asarray(a) for a in arrays))
+    if pick is not None:
+        arrays = [jax.lax.dynamic_slice_in_dim(a, *pick) for a in arrays]
+    return tuple(a.reshape([-1 if k == axis else 1 for k in range(ndim)]) for a in arrays)
 
 
 def _permutations(region: Region) -> np.ndarray:

@@ -6,15 +6,17 @@ other leaf, and splitmix64, computes positions element by element (`slots`) and 
 that nothing of N entries is kept from forward to backward.
 """
 
-import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from gpart_jax import partition as partitions
-from gpart_jax.partition import Partition, Region
+from gpart_jax.partition import Part, Partition, Region
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
 _SHORTEST_RUN = 256  # the stream holds 2 N / d chunk constants in the program: from this d on, under 1 % of N
@@ -81,30 +83,61 @@ def gpart_transform(
             layout, theta.shape[0], seed, scheme=scheme, scope=scope, isometric=isometric
         )
 
-    frozen = dict(named_leaves(params))
-    adapted = {}
-    for path, delta in _deltas(partition, theta, dropout, key if dropout else None).items():
-        adapted[path] = (frozen[path] + delta).astype(frozen[path].dtype)
-    return replace_leaves(params, adapted)
+    return bind(partition, theta, dropout, key if dropout else None)(params)
 
 
-def _deltas(partition: Partition, theta, dropout, key) -> dict[str, jax.Array]:
-    """P theta, leaf by leaf, in float32 or wider."""
+def bind(
+    partition: Partition, theta, dropout: float = 0.0, key=None, split: dict[str, int | None] | None = None
+) -> Callable:
+    """adapt(params, layer=None): `params`, or a part of the model such as one layer's, with P theta added where it belongs.
+
+    Inside a scan over layers `adapt({"layers": slices}, layer=index)` adapts the slices that the body holds of stacked
+    leaves, so that only one layer's deltas are alive; `index` may be traced. The tables of theta are made once, here.
+
+    Args:
+      partition: of the whole model.
+      theta: (d,); with `split`, (T, d): a copy for each of the T devices along the mesh axis "tensor".
+      dropout, key: as in `gpart_transform`. Each layer of a stacked leaf has a mask of its own.
+      split: for each targeted path the axis along which "tensor" divides the leaf (of a scan, the slice), or None. Each
+        device then makes its own part from its own copy of theta, and its copy's gradient from its own part: nothing is
+        communicated, and the copies' gradients are yet to be summed.
+    """
     if key is not None:  # in shard_map, a key that varies over mesh axes makes theta vary over them too
         theta += jnp.zeros_like(jax.random.key_data(key), shape=(), dtype=theta.dtype)
-    whole, layers = {}, {}
-    count = 0
+    views: dict[str, list] = {}
     for region, rho, scale in zip(partition.regions, partition.permutations, partition.scales):
-        table = _table(theta[region.start : region.start + region.d] * scale, rho)  # float32 or wider, as scale is
+        scaled = theta[..., region.start : region.start + region.d] * scale  # float32 or wider, as scale is
+        table = _table(scaled, rho) if split is None else jax.vmap(_table, (0, None))(scaled, rho)
         for view in region.views:
-            mask_key = None if key is None else jax.random.fold_in(key, count)
-            delta = _expand(region, view.leaf, dropout, table, mask_key)
-            count += 1
-            if view.layer is None:
-                whole[view.leaf.path] = delta
+            number = sum(map(len, views.values()))
+            mask_key = None if key is None else jax.random.fold_in(key, number)
+            views.setdefault(view.leaf.path, []).append((view, region, table, mask_key))
+
+    def delta(path, layer):
+        parts = {}
+        for view, region, table, mask_key in views[path]:
+            if layer is not None and not view.leaf.stacked:
+                raise ValueError(
+                    f"{path!r} can't be adapted layer by layer: that takes scope='global' and a layout that numbers it as "
+                    f"stacked (canonical_layout(..., stacked=...)). Otherwise adapt params before the scan."
+                )
+            if split is None:
+                part = _delta(region, view.leaf, table, layer)
             else:
-                layers.setdefault(view.leaf.path, {})[view.layer] = delta
-    return whole | {path: jnp.stack([parts[n] for n in sorted(parts)]) for path, parts in layers.items()}
+                part = _delta_on_mesh(region, view.leaf, split[path], table, layer)
+            if mask_key is not None:
+                part = _drop_leaf(part, dropout, mask_key, view.leaf.stacked, layer)
+            parts[view.layer] = part
+        return parts[None] if None in parts else jnp.stack([parts[n] for n in sorted(parts)])
+
+    def adapt(params, layer=None):
+        adapted = {}
+        for path, leaf in named_leaves(params):
+            if path in views:
+                adapted[path] = (leaf + delta(path, layer)).astype(leaf.dtype)
+        return replace_leaves(params, adapted)
+
+    return adapt
 
 
 def _table(scaled, rho):
@@ -116,56 +149,157 @@ def _table(scaled, rho):
     return jax.vmap(lambda row, order: row.at[order].get(unique_indices=True, mode="promise_in_bounds"))(rows, rho)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _delta(region: Region, leaf: Leaf, table, layer):
+    """`expand` with its transpose, and nothing kept from forward to backward."""
+    return expand(region, leaf, table, layer)
+
+
+def _delta_forward(region, leaf, table, layer):
+    return expand(region, leaf, table, layer), layer
+
+
+def _delta_backward(region, leaf, layer, cotangent):
+    return contract(region, leaf, cotangent, layer), None
+
+
+_delta.defvjp(_delta_forward, _delta_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _expand(region: Region, leaf: Leaf, dropout: float, table, key):
-    """The leaf's entries of P theta, shape `leaf.shape`, from the region's table; dropped out where there is a key."""
-    runs = _runs(region, leaf)
-    delta = _stream(region, runs, table) if runs else table.reshape(-1)[partitions.slots(region, leaf)]
-    return _drop(delta.reshape(leaf.shape), dropout, key)
+def _delta_on_mesh(region: Region, leaf: Leaf, axis: int | None, tables, layer):
+    """`_delta` where each device along "tensor" makes its part along `axis` from its own of the tables, (T, 8, d)."""
+
+    def local(table, device, layer):  # (1, 8, d), (1,)
+        return expand(region, leaf, table[0], layer, _part(leaf, layer, axis, device[0], len(tables)))
+
+    return _over_tensor(local, out_spec=_split_spec(axis))((tables, P("tensor")), _devices(len(tables)), (layer, P()))
 
 
-def _expand_forward(region, leaf, dropout, table, key):
-    return _expand(region, leaf, dropout, table, key), key
+def _delta_on_mesh_forward(region, leaf, axis, tables, layer):
+    return _delta_on_mesh(region, leaf, axis, tables, layer), (layer, len(tables))
 
 
-def _expand_backward(region, leaf, dropout, key, cotangent):
-    cotangent = _drop(cotangent, dropout, key)  # the same mask, drawn again
-    runs = _runs(region, leaf)
-    if runs:
-        return _stream_transpose(region, runs, cotangent), None
-    slots = partitions.slots(region, leaf).reshape(-1)
-    rows = partitions.TABLES if region.scheme == "balanced-v1" else 1
-    total = jnp.zeros_like(cotangent, shape=(rows * region.d,)).at[slots].add(cotangent.reshape(-1))
-    return total.reshape(rows, region.d), None
+def _delta_on_mesh_backward(region, leaf, axis, residuals, cotangent):
+    layer, count = residuals
+
+    def local(cotangent, device, layer):
+        total = contract(region, leaf, cotangent, layer, _part(leaf, layer, axis, device[0], count))
+        if axis is None:  # all devices hold the same: it counts once
+            total = jnp.where(device[0] == 0, total, 0)
+        return total[None]
+
+    args = (cotangent, _split_spec(axis)), _devices(count), (layer, P())
+    return _over_tensor(local, out_spec=P("tensor"))(*args), None
 
 
-_expand.defvjp(_expand_forward, _expand_backward)
+_delta_on_mesh.defvjp(_delta_on_mesh_forward, _delta_on_mesh_backward)
 
 
+def _over_tensor(function, out_spec):
+    """A shard_map over "tensor" alone, within one over the other axes; takes (argument, spec) pairs."""
+
+    def call(*pairs):
+        args, specs = zip(*pairs)
+        mapped = jax.shard_map(function, in_specs=specs, out_specs=out_spec, axis_names={"tensor"}, check_vma=False)
+        return mapped(*args)
+
+    return call
+
+
+def _devices(count):
+    # Their numbers come as an argument: `axis_index` doesn't lower in a nested shard_map.
+    return jnp.arange(count), P("tensor")
+
+
+def _split_spec(axis):
+    return P() if axis is None else P(*[None] * axis, "tensor")
+
+
+def _part(leaf: Leaf, layer, axis, device, devices) -> Part | None:
+    if axis is None:
+        return None
+    size = leaf.shape[axis if layer is None else axis + 1] // devices
+    return axis, device * size, size
+
+
+def expand(region: Region, leaf: Leaf, table, layer=None, part: Part | None = None):
+    """The entries of P theta in a leaf, from its region's table, (8, d) or (1, d). Not for AD: its transpose is `contract`.
+
+    Args:
+      layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
+      part: (axis, start, length): that slice alone, of the leaf or of its layer. The start may be traced.
+    """
+    runs = _runs(region, leaf, layer)
+    if not runs:
+        return table.reshape(-1)[partitions.slots(region, leaf, layer, part)]
+    delta = _stream(region, runs, table).reshape(leaf.shape if layer is None else leaf.shape[1:])
+    if part is None:
+        return delta
+    axis, start, length = part
+    return jax.lax.dynamic_slice_in_dim(delta, start, length, axis)
+
+
+def contract(region: Region, leaf: Leaf, cotangent, layer=None, part: Part | None = None):
+    """The transpose of `expand`: adds up a cotangent of its result's shape in the slots of the table, (8, d) or (1, d)."""
+    runs = _runs(region, leaf, layer)
+    if not runs:
+        slots = partitions.slots(region, leaf, layer, part).reshape(-1)
+        rows = partitions.TABLES if region.scheme == "balanced-v1" else 1
+        total = jnp.zeros_like(cotangent, shape=(rows * region.d,)).at[slots].add(cotangent.reshape(-1))
+        return total.reshape(rows, region.d)
+    if part is not None:  # in its place among zeros: to stream those is cheaper than to look at elements
+        axis, start, _ = part
+        whole = jnp.zeros_like(cotangent, shape=leaf.shape if layer is None else leaf.shape[1:])
+        cotangent = jax.lax.dynamic_update_slice_in_dim(whole, cotangent, start, axis)
+    return _stream_transpose(region, runs, cotangent)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _drop(x, rate: float, key):
-    return x if key is None else jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    """Zeroes each entry with probability `rate` and divides the others by 1 - rate. Keeps no mask: it is drawn again."""
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Runs:
+_drop.defvjp(lambda x, rate, key: (_drop(x, rate, key), key), lambda rate, key, g: (_drop(g, rate, key), None))
+
+
+def _drop_leaf(x, rate, key, stacked, layer):
+    """`_drop` of a leaf, or of one layer; a layer's mask is the same whether it comes alone or with the others."""
+    if layer is not None:
+        return _drop(x, rate, jax.random.fold_in(key, layer))
+    if stacked:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
+        return jax.vmap(_drop, (0, None, 0))(x, rate, keys)
+    return _drop(x, rate, key)
+
+
+class _Runs(NamedTuple):
     """Equally long runs of consecutive indices, as the chunks that cover them."""
 
     length: int  # elements in a run
-    skips: tuple[int, ...]  # per run: elements of its first chunk that lie before it
-    first: tuple[int, ...]  # per run: its first chunk
+    skips: Sequence  # per run: elements of its first chunk that lie before it
+    tables: tuple  # per chunk, run after run: table number and rotation, int32
     chunks: int  # chunks taken for each run
 
 
-def _runs(region: Region, leaf: Leaf) -> _Runs | None:
-    """How to stream a leaf; None where its elements must be looked at one by one."""
+def _runs(region: Region, leaf: Leaf, layer) -> _Runs | None:
+    """How to stream a leaf, or one of its layers; None where its elements must be looked at one by one."""
     if region.scheme != "balanced-v1" or region.d < _SHORTEST_RUN or not leaf.size:
         return None
-    layers = [leaf] if leaf.is_dense else leaf.layers()
-    if not all(layer.is_dense for layer in layers):
+    pieces = [leaf] if leaf.is_dense and layer is None else leaf.layers()
+    if not all(piece.is_dense for piece in pieces):
         return None
-    first, skips = zip(*(divmod(layer.offset, region.d) for layer in layers))
-    length = layers[0].size
-    return _Runs(length, skips, first, max(-(-(skip + length) // region.d) for skip in skips))
+    first, skips = np.divmod(np.array([piece.offset for piece in pieces], np.uint64), np.uint64(region.d))
+    skips = skips.astype(np.int32)
+    length = pieces[0].size
+    chunks = -(-(int(skips.max()) + length) // region.d)
+    numbers = first[:, None] + np.arange(chunks, dtype=np.uint64)
+    tables = partitions.chunks(region, numbers)  # (runs, chunks) each
+    if layer is not None:
+        tables = [jax.lax.dynamic_index_in_dim(table, layer) for table in tables]
+        skips = jax.lax.dynamic_index_in_dim(skips, layer)
+    return _Runs(length, skips, tuple(table.reshape(-1) for table in tables), chunks)
 
 
 def _stream(region: Region, runs: _Runs, table):
@@ -175,16 +309,17 @@ def _stream(region: Region, runs: _Runs, table):
     def take(_, chunk):
         return None, jax.lax.dynamic_slice(doubled, chunk, (1, region.d))[0]
 
-    _, rows = jax.lax.scan(take, None, _chunk_tables(region, runs))  # (runs * chunks, d)
+    _, rows = jax.lax.scan(take, None, runs.tables)  # (runs * chunks, d)
     rows = rows.reshape(len(runs.skips), -1)
-    return jnp.stack([row[skip : skip + runs.length] for row, skip in zip(rows, runs.skips)])
+    return jnp.stack([jax.lax.dynamic_slice(row, (skip,), (runs.length,)) for row, skip in zip(rows, runs.skips)])
 
 
 def _stream_transpose(region: Region, runs: _Runs, cotangent):
     """The transpose: each chunk of the cotangent is added to the slice of the table that it was read from."""
-    d, width = region.d, runs.chunks * region.d
+    d = region.d
+    zeros = jnp.zeros_like(cotangent, shape=(runs.chunks * d,))
     rows = [
-        jnp.pad(row, (skip, width - skip - runs.length))
+        jax.lax.dynamic_update_slice(zeros, row, (skip,))
         for row, skip in zip(cotangent.reshape(len(runs.skips), -1), runs.skips)
     ]
 
@@ -194,10 +329,5 @@ def _stream_transpose(region: Region, runs: _Runs, cotangent):
         return jax.lax.dynamic_update_slice(total, part + row, chunk), None
 
     zeros = jnp.zeros_like(cotangent, shape=(partitions.TABLES, 2 * d))
-    total, _ = jax.lax.scan(add, zeros, (_chunk_tables(region, runs), jnp.stack(rows).reshape(-1, d)))
+    total, _ = jax.lax.scan(add, zeros, (runs.tables, jnp.stack(rows).reshape(-1, d)))
     return total[:, :d] + total[:, d:]
-
-
-def _chunk_tables(region: Region, runs: _Runs):
-    numbers = np.array(runs.first, np.uint64)[:, None] + np.arange(runs.chunks, dtype=np.uint64)
-    return partitions.chunks(region, numbers.reshape(-1))
