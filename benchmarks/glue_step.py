@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from experiments.data import Task
 from experiments.optimizer import make_optimizer
 from experiments.step import make_loss, make_train_step
-from gpart_jax import canonical_layout
+from gpart_jax import canonical_layout, sharding
 from gpart_jax.methods import from_spec
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
 
@@ -42,16 +42,17 @@ def describe(config, length: int):
     model = EncoderClassifier(EncoderConfig(**SHAPES[config.model.source], **ROBERTA), 2, jnp.dtype(config.model.dtype))
     method = from_spec(config.method.to_dict(), config.head_targets)
     optimizer = make_optimizer(1000, **config.optimizer)
-    step = make_train_step(
-        make_loss(model, method, Task([], [], [], ("0", "1"), ("accuracy",), length)),
-        optimizer,
-        config.train.accumulate,
-    )
-
     key, size = jax.random.key(0), config.train.batch_size
     tokens = jax.ShapeDtypeStruct((size, length), jnp.int32)
     frozen = jax.eval_shape(model.init, key, tokens, tokens)["params"]
     trainable = jax.eval_shape(method.init, frozen, key)
+    step = make_train_step(
+        make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), length)),
+        method,
+        optimizer,
+        sharding.param_shardings(frozen, sharding.make_mesh(devices=jax.devices()[:1])),
+        config.train.accumulate,
+    )
     batch = {"input_ids": tokens, "attention_mask": tokens, "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
     key_data = jax.eval_shape(jax.random.key_data, key)
     arguments = (trainable, jax.eval_shape(optimizer.init, trainable), frozen, batch, key_data, 0)

@@ -56,6 +56,8 @@ def get_config(arguments: str = "sst2") -> ml_collections.ConfigDict:
     config.model.dtype = "float32"  # of the computation; weights stay float32
     config.model.dropout = ml_collections.config_dict.placeholder(float)  # inside the model; None: as it was pretrained
 
+    config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices along each axis; -1: the rest
+
     config.task = ml_collections.ConfigDict()
     config.task.name = f"glue/{task}"
     config.task.max_length = 512 if size != "minilm" else {"sst2": 64, "rte": 128}[task]  # tokens

@@ -17,6 +17,8 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
     config.model.dtype = "float32"  # of the computation; weights stay float32
     config.model.dropout = 0.0  # inside the model
 
+    config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices along each axis; -1: the rest
+
     config.task = ml_collections.ConfigDict()
     config.task.name = "lexicon"
     config.task.max_length = 16  # tokens

@@ -10,6 +10,9 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
+
+from experiments.processes import is_writer
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -19,6 +22,8 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
       ValueError: it holds what a run with another config saved; nothing in it is touched.
     """
     path = workdir / "config.json"
+    if not is_writer():
+        return
     mine = json.loads(config.to_json())
     if (workdir / "results.json").exists() or any((workdir / "checkpoints").glob("[0-9]*")):
         if not path.exists():
@@ -96,20 +101,30 @@ class Checkpoints:
 
 
 class Interrupt:
-    """Within it, the first SIGTERM or Ctrl-C only sets `requested` to the signal's name; a second one kills as usual."""
+    """Within it, the first SIGTERM or Ctrl-C is only noted; a second one kills as usual.
+
+    In a run of several processes JAX notes SIGTERM, sent to any of them, and has all stop after the same step.
+    """
 
     def __init__(self):
-        self.requested: str | None = None
+        self._name: str | None = None
+
+    def requested(self, step: int) -> str | None:
+        """The name of the signal on account of which to stop after this step."""
+        if jax.process_count() > 1:
+            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        return self._name
 
     def __enter__(self):
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._previous = {number: signal.signal(number, self._request) for number in numbers}
         return self
 
     def __exit__(self, *error):
         self._restore()
 
     def _request(self, number, frame):
-        self.requested = signal.Signals(number).name
+        self._name = signal.Signals(number).name
         logging.info("%s: saving a checkpoint after this step.", self.requested)
         self._restore()
 

@@ -9,6 +9,7 @@ _KEYS = {  # None: a value, or a section that is checked by its user
     "head_targets": None,
     "method": None,  # by gpart_jax.methods.from_spec
     "model": {"source", "dtype", "dropout"},
+    "mesh": {"data", "fsdp", "tensor"},
     "task": None,  # by experiments.tasks.load_task
     "train": {"epochs", "batch_size", "accumulate", "eval_batch_size", "log_every", "checkpoint_every"},
     "optimizer": {"lr", "head_lr", "weight_decay", "schedule", "warmup"},

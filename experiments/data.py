@@ -9,7 +9,6 @@ import logging
 from typing import NamedTuple
 
 import grain
-import jax
 import numpy as np
 import tokenizers
 from sklearn.model_selection import train_test_split
@@ -95,8 +94,8 @@ def train_batches(
     seed: int,
     pad: int,
     *,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    part: int = 0,
+    parts: int = 1,
 ) -> grain.DatasetIterator:
     """Shuffled batches of the training split, anew in each epoch; the incomplete last batch of an epoch is left out.
 
@@ -106,26 +105,24 @@ def train_batches(
       epochs: how often each example may come.
       seed: of the order.
       pad: the id of the padding token.
-      process_index, process_count: this process and their number; JAX's by default. Each process gets its own equal part
-        of every batch, of the same length in tokens as the others'. What a batch holds doesn't depend on their number.
+      part, parts: which of how many equal parts of every batch to give, all of the same length in tokens. What a whole
+        batch holds doesn't depend on their number.
 
     Returns:
       An iterator of `collate`'s batches, whose position can be saved.
 
     Raises:
-      ValueError: a batch size that is no multiple of the processes, or larger than the split.
+      ValueError: a batch size that is no multiple of the parts, or larger than the split.
     """
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
     if not 1 <= batch_size <= len(task.train):
         raise ValueError(
             f"batch_size = {batch_size} must be between 1 and {len(task.train)}, the number of training examples."
         )
-    if batch_size % count:
-        raise ValueError(f"batch_size = {batch_size} must be a multiple of {count}, the number of processes.")
+    if batch_size % parts:
+        raise ValueError(f"batch_size = {batch_size} must be a multiple of {parts}, the parts it is divided into.")
 
     def own_part(rows):
-        return {name: array[index::count] for name, array in collate(rows, pad, task.max_length).items()}
+        return {name: array[part::parts] for name, array in collate(rows, pad, task.max_length).items()}
 
     dataset = grain.MapDataset.source(task.train).seed(seed).shuffle()
     dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=own_part).repeat(epochs)

@@ -15,13 +15,15 @@ import ml_collections
 import numpy as np
 from absl import app, flags
 from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from experiments import data
 from experiments.logger import quiet
 from experiments.tasks import load_task
-from gpart_jax import load_adapter
+from gpart_jax import load_adapter, sharding
 from gpart_jax.models import pretrained
 
 
@@ -43,8 +45,9 @@ class Experiment(NamedTuple):
     """What a config describes, apart from how it is trained: the model, its frozen params with a fresh head, the task."""
 
     model: nn.Module
-    params: Any
+    params: Any  # on the host
     task: data.Task
+    rules: sharding.Rules  # how a mesh divides the params
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
@@ -64,11 +67,14 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     if config.model.dropout is not None:
         rates = dict.fromkeys(("hidden_dropout", "attention_dropout", "classifier_dropout"), config.model.dropout)
         model = model.clone(config=dataclasses.replace(model.config, **rates))
-    return Experiment(model, params, task)
+    return Experiment(model, jax.tree.map(np.asarray, params), task, sharding.ENCODER)
 
 
 def predict(experiment: Experiment, params, examples: list[dict], batch_size: int) -> np.ndarray:
-    """Logits of a model with adapted params, float32 (examples, outputs)."""
+    """Logits of a model with adapted params that lie on a mesh, float32 (examples, outputs)."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    batch_size += -batch_size % (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = NamedSharding(mesh, sharding.BATCH)
     logits = np.zeros((len(examples), experiment.task.outputs), np.float32)
     pad, max_length = experiment.model.config.pad_token_id, experiment.task.max_length
     by_length = np.argsort([len(example["input_ids"]) for example in examples], kind="stable")  # little padding
@@ -77,13 +83,15 @@ def predict(experiment: Experiment, params, examples: list[dict], batch_size: in
         filled = np.resize(chosen, batch_size)  # repeats some, so that the last batch has the shape of the others
         batch = data.collate([examples[n] for n in filled], pad, max_length)
         inputs = {name: batch[name] for name in data.INPUTS if name in batch}
-        logits[chosen] = _logits(experiment.model, params, inputs)[: len(chosen)]
+        whole = _logits(experiment.model, mesh, params, sharding.place(inputs, rows))
+        logits[chosen] = np.asarray(whole)[: len(chosen)]
     return logits
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model, params, inputs):
-    return model.apply({"params": params}, **inputs)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(model, mesh, params, inputs):
+    logits = model.apply({"params": params}, **inputs)
+    return jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P()))  # so that every process has them
 
 
 def predictions(task: data.Task, logits: np.ndarray) -> np.ndarray:
@@ -105,7 +113,8 @@ def main(_):
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
     experiment = build(config)
     method, trainable = load_adapter(workdir / "adapter.safetensors", experiment.params)
-    params = jax.jit(method.apply)(experiment.params, trainable)
+    shardings = sharding.param_shardings(experiment.params, sharding.make_mesh(), experiment.rules)
+    params = sharding.place(jax.jit(method.apply)(experiment.params, trainable), shardings)
     examples = getattr(experiment.task, split)
     if not examples:
         raise app.UsageError(f"This run held out no {split} examples (config.task.holdout).")

@@ -1,12 +1,15 @@
 """Where a run's numbers go: a live line on the console, JSON lines, TensorBoard."""
 
 import json
+import os
 import pathlib
 
 import rich.console
 import rich.progress
 import tensorboardX
 from absl import flags, logging
+
+from experiments.processes import is_writer
 
 
 def quiet() -> None:
@@ -19,10 +22,12 @@ class Logger:
     """Use as a context manager. `workdir/metrics.jsonl` has one object a line, each with its step.
 
     A run that goes on from a checkpoint first drops what was logged after that step, so that no step stands there twice.
+    Of several processes only the first logs anything.
     """
 
     def __init__(self, workdir: pathlib.Path, title: str, step: int, total_steps: int):
-        path = workdir / "metrics.jsonl"
+        mine = is_writer()
+        path = workdir / "metrics.jsonl" if mine else pathlib.Path(os.devnull)
         kept = []
         if path.exists():
             for line in path.read_text().splitlines(keepends=True):
@@ -30,8 +35,10 @@ class Logger:
                     kept.append(line)
         path.write_text("".join(kept))
         self._lines = path.open("a", buffering=1)
-        self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        self.console = rich.console.Console(highlight=False)
+        self._tensorboard = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=mine
+        )
+        self.console = rich.console.Console(highlight=False, quiet=not mine)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=None),

@@ -2,6 +2,8 @@
 
   python -m experiments.train --config=configs/quickstart.py --config.method.d=1024 --workdir=runs/d1024
 
+Several processes, each with the variables of experiments/processes.py set, make one run: see launch/.
+
 The workdir then holds: config.json; checkpoints/ (what is trained, its optimizer, the data position, the RNG; never the
 frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best epoch); results.json; predictions.jsonl.
 """
@@ -12,6 +14,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +23,24 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import data, evaluate
+from experiments import data, evaluate, processes
 from experiments.checkpoint import Checkpoints, Interrupt, claim_workdir, write_json
 from experiments.config import check_config
 from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
+from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_train_step
-from gpart_jax import load_adapter, save_adapter
+from gpart_jax import load_adapter, save_adapter, sharding
 from gpart_jax.methods import from_spec, trained_numbers
 
 
-def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Sequence | None = None) -> dict:
     """Trains to the end, or goes on where an earlier run in `workdir` stopped.
+
+    Args:
+      config: as those of configs/.
+      workdir: on a disk that all processes share, where there are several.
+      devices: to make config.mesh of; all of every process by default.
 
     Returns:
       The results, as written to `workdir/results.json`.
@@ -43,27 +52,27 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     """
     check_config(config)
     method = from_spec(config.method.to_dict(), config.head_targets)
+    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+    sharding.check_batch("config.train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
     claim_workdir(config, workdir)
+    barrier("claim_workdir")
     if (workdir / "results.json").exists():
         print(f"{workdir} is finished; see its results.json.")
         return json.loads((workdir / "results.json").read_text())
 
     experiment = evaluate.build(config)
-    model, frozen, task = experiment
+    model, params, task, rules = experiment
     steps_per_epoch = len(task.train) // config.train.batch_size
     total_steps = config.train.epochs * steps_per_epoch
     optimizer = make_optimizer(total_steps, **config.optimizer)
-    if config.train.batch_size % config.train.accumulate:
-        raise ValueError(
-            f"config.train.batch_size = {config.train.batch_size} must be a multiple of config.train.accumulate = "
-            f"{config.train.accumulate}."
-        )
+    part, parts = sharding.data_part(mesh)
     batches = data.train_batches(
-        task, config.train.batch_size, config.train.epochs, config.seed, model.config.pad_token_id
-    )
+        task, config.train.batch_size, config.train.epochs, config.seed, model.config.pad_token_id,
+        part=part, parts=parts,
+    )  # fmt: skip
 
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    trainable = method.init(frozen, init_key)
+    trainable = method.init(params, init_key)
     state = {
         "step": 0,
         "trainable": trainable,
@@ -72,23 +81,32 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         "best": {"trainable": trainable, "score": -math.inf, "epoch": 0},
     }
 
-    train_step = make_train_step(make_loss(model, method, task), optimizer, config.train.accumulate)
-    adapt = jax.jit(method.apply)
+    shardings = sharding.param_shardings(params, mesh, rules)
+    frozen = sharding.place(params, shardings)
+    train_step = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
+    adapt = jax.jit(method.apply, out_shardings=shardings)
 
     def score(examples, trainable) -> tuple[dict[str, float], np.ndarray]:
-        logits = evaluate.predict(experiment, adapt(frozen, trainable), examples, config.train.eval_batch_size)
+        adapted = adapt(frozen, sharding.replicate(trainable, mesh))
+        logits = evaluate.predict(experiment, adapted, examples, config.train.eval_batch_size)
         return evaluate.score(task, examples, logits), logits
 
     with Checkpoints(workdir) as checkpoints, Interrupt() as interrupt:
         state = jax.tree.map(np.array, checkpoints.restore(state, batches))
         step = int(state["step"])
+        state |= sharding.replicate({name: state[name] for name in ("trainable", "optimizer", "key")}, mesh)
         with Logger(workdir, config.method.name, step, total_steps) as logger:
             if step:
                 logger.say(f"goes on after step {step} of {total_steps}")
             watch, losses = Stopwatch(), []
             while step < total_steps:
                 state["trainable"], state["optimizer"], loss = train_step(
-                    state["trainable"], state["optimizer"], frozen, next(batches), state["key"], step
+                    state["trainable"],
+                    state["optimizer"],
+                    frozen,
+                    sharding.global_batch(next(batches), mesh),
+                    state["key"],
+                    step,
                 )
                 step += 1
                 losses.append(loss)
@@ -113,7 +131,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
                     shown = "".join(f"  validation {name} {value:.4f}" for name, value in scores.items())
                     logger.say(f"epoch {epoch} of {config.train.epochs}  loss {mean:.4f}{shown}")
                     watch.restart()
-                stop = interrupt.requested  # read once: it may come at any moment
+                stop = interrupt.requested(step)  # read once: it may come at any moment
                 if stop or step % config.train.checkpoint_every == 0 or step == total_steps:
                     checkpoints.save(state | {"step": step}, batches)
                     watch.restart()
@@ -124,12 +142,17 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
 
             # The test score is that of the adapter as it lies on disk, not of the arrays it was written from.
             best, adapter = state["best"], workdir / "adapter.safetensors"
-            save_adapter(adapter, config.method.to_dict(), best["trainable"], frozen, config.head_targets)
-            _, loaded = load_adapter(adapter, frozen)
+            if is_writer():
+                save_adapter(adapter, config.method.to_dict(), best["trainable"], params, config.head_targets)
+            barrier("save_adapter")
+            _, loaded = load_adapter(adapter, params)
             scores, logits = score(task.test, loaded)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
             logger.say(f"test {shown} with the adapter of epoch {best['epoch']}: {adapter}")
 
+    if not is_writer():
+        barrier("results")
+        return json.loads((workdir / "results.json").read_text())
     write_predictions(workdir / "predictions.jsonl", task, task.test, logits)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     results = {
@@ -146,9 +169,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         "adapter_bytes": adapter.stat().st_size,
         # The median leaves out the laps in which a step was compiled.
         "seconds_per_step": statistics.median(row["seconds_per_step"] for row in rows if "seconds_per_step" in row),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     }
     write_json(workdir / "results.json", results)
+    barrier("results")
     return results
 
 
@@ -181,10 +205,12 @@ def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict],
 
 def main(_):
     quiet()
+    processes.join(flags.FLAGS.join_timeout)
     train(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir))
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to train: a file of configs/.")
     flags.DEFINE_string("workdir", None, "Directory for everything that the run writes.", required=True)
+    flags.DEFINE_float("join_timeout", 300, "Seconds in which all processes of a run must come.", lower_bound=1)
     app.run(main)

@@ -11,16 +11,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gpart_jax import transform
 from gpart_jax.partition import make_partition
+from gpart_jax.sharding import one_copy, tensor_axis
 from gpart_jax.targets import Layout, Targets, canonical_layout, named_leaves, replace_leaves, select
-from gpart_jax.transform import gpart_transform
 
 
 class Method(NamedTuple):
-    """init(params, key) -> trainable; apply(params, trainable, key=None) -> params. Trainable is a dict of pytrees."""
+    """A pair of pure functions; a trainable is a dict of pytrees.
+
+    init(params, key) -> trainable.
+    bind(params, trainable, key=None, on_mesh=False) -> adapt: prepares what is needed once for the whole of params (or
+      `jax.ShapeDtypeStruct`s of them). `adapt(part)` adapts any part of params; `adapt({"layers": slices}, layer=index)`
+      the slices of stacked leaves that the body of a scan holds. `on_mesh` is for `sharding.value_and_grad`: params then
+      have NamedShardings, and each leaf of the trainable a copy for each device along "tensor", (T, ...).
+    """
 
     init: Callable[[Any, jax.Array], dict]
-    apply: Callable[..., Any]
+    bind: Callable[..., Callable]
+
+    def apply(self, params, trainable, key=None):
+        """The adapted params; a key turns on dropout on the delta."""
+        return self.bind(params, trainable, key)(params)
 
 
 def gpart(
@@ -32,6 +44,7 @@ def gpart(
     scope: str = "global",
     isometric: bool = True,
     dropout: float = 0.0,
+    stacked: str | None = None,
 ) -> Method:
     """GPart: W = W0 + P theta with theta of d numbers, zero at the start (arXiv 2605.14841).
 
@@ -39,6 +52,7 @@ def gpart(
       d: length of theta, 1 <= d <= N.
       seed: of the partition; an int in [0, 2^64).
       targets, scheme, scope, isometric, dropout: as in `gpart_transform`.
+      stacked: a pattern of leaves whose first axis counts layers, as in `canonical_layout`.
 
     Returns:
       A `Method` that trains {"theta": float32 (d,)}.
@@ -46,17 +60,20 @@ def gpart(
 
     def init(params, key):
         del key
-        layout = canonical_layout(params, targets)  # so that a bad d or target fails here, not in the first step
+        layout = canonical_layout(
+            params, targets, stacked=stacked
+        )  # so that a bad d or target fails here, not in the first step
         make_partition(layout, d, seed, scheme=scheme, scope=scope, isometric=isometric)
         return {"theta": jnp.zeros(d, jnp.float32)}
 
-    def apply(params, trainable, key=None):
-        return gpart_transform(
-            params, trainable["theta"], seed,
-            targets=targets, scheme=scheme, scope=scope, isometric=isometric, dropout=dropout, key=key,
-        )  # fmt: skip
+    def bind(params, trainable, key=None, on_mesh=False):
+        layout = canonical_layout(params, targets, stacked=stacked)
+        partition = make_partition(layout, d, seed, scheme=scheme, scope=scope, isometric=isometric)
+        leaves = dict(named_leaves(params))
+        split = {leaf.path: tensor_axis(leaves[leaf.path]) for leaf in layout.leaves} if on_mesh else None
+        return transform.bind(partition, trainable["theta"], dropout, key if dropout else None, split)
 
-    return Method(init, apply)
+    return Method(init, bind)
 
 
 def lora(rank: int, alpha: float | None = None, *, targets: Targets = None) -> Method:
@@ -87,16 +104,21 @@ def lora(rank: int, alpha: float | None = None, *, targets: Targets = None) -> M
             factors[path] = {"a": a, "b": jnp.zeros((*stack, rank, fan_out), jnp.float32)}
         return {"lora": factors}
 
-    def apply(params, trainable, key=None):
-        del key
-        frozen = dict(named_leaves(params))
-        adapted = {}
-        for path, factor in trainable["lora"].items():
-            delta = scale * (factor["a"] @ factor["b"])
-            adapted[path] = (frozen[path] + delta).astype(frozen[path].dtype)
-        return replace_leaves(params, adapted)
+    def bind(params, trainable, key=None, on_mesh=False):
+        del params, key
+        factors = one_copy(trainable["lora"]) if on_mesh else trainable["lora"]
 
-    return Method(init, apply)
+        def adapt(part, layer=None):
+            adapted = {}
+            for path, leaf in named_leaves(part):
+                if path in factors:
+                    a, b = (x if layer is None else x[layer] for x in (factors[path]["a"], factors[path]["b"]))
+                    adapted[path] = (leaf + scale * (a @ b)).astype(leaf.dtype)
+            return replace_leaves(part, adapted)
+
+        return adapt
+
+    return Method(init, bind)
 
 
 def head(targets: Targets) -> Method:
@@ -123,11 +145,17 @@ def _leaves(name: str, targets: Targets) -> Method:
         # Copies: a train step may donate its trainable, and params must survive that.
         return {name: {path: jnp.array(leaf, copy=True) for path, leaf in select(params, targets).items()}}
 
-    def apply(params, trainable, key=None):
-        del key
-        return replace_leaves(params, trainable[name])
+    def bind(params, trainable, key=None, on_mesh=False):
+        del params, key
+        trained = one_copy(trainable[name]) if on_mesh else trainable[name]
 
-    return Method(init, apply)
+        def adapt(part, layer=None):
+            mine = {path: trained[path] for path, _ in named_leaves(part) if path in trained}
+            return replace_leaves(part, mine if layer is None else {path: x[layer] for path, x in mine.items()})
+
+        return adapt
+
+    return Method(init, bind)
 
 
 def chain(*methods: Method) -> Method:
@@ -142,12 +170,18 @@ def chain(*methods: Method) -> Method:
             trainable |= part
         return trainable
 
-    def apply(params, trainable, key=None):
-        for number, method in enumerate(methods):
-            params = method.apply(params, trainable, None if key is None else jax.random.fold_in(key, number))
-        return params
+    def bind(params, trainable, key=None, on_mesh=False):
+        keys = [None if key is None else jax.random.fold_in(key, number) for number in range(len(methods))]
+        adapts = [method.bind(params, trainable, key, on_mesh) for method, key in zip(methods, keys)]
 
-    return Method(init, apply)
+        def adapt(part, layer=None):
+            for one in adapts:
+                part = one(part, layer)
+            return part
+
+        return adapt
+
+    return Method(init, bind)
 
 
 METHODS = {"gpart": gpart, "lora": lora, "head": head, "full": full}

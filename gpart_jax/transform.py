@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpart_jax import partition as partitions
 from gpart_jax.partition import Part, Partition, Region
+from gpart_jax.sharding import over_tensor
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
 _SHORTEST_RUN = 256  # the stream holds 2 N / d chunk constants in the program: from this d on, under 1 % of N
@@ -68,15 +69,11 @@ def gpart_transform(
         raise TypeError(f"theta must be floating-point, not {theta.dtype}.")
     if theta.ndim != 1:
         raise ValueError(f"theta must have shape (d,), not {theta.shape}. For several thetas use jax.vmap.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout = {dropout} must be in [0, 1).")
     if isinstance(seed, Partition):
         if targets is not None or (scheme, scope, isometric) != ("balanced-v1", "global", True):
             raise ValueError("A Partition already fixes targets, scheme, scope and isometric. Leave them out.")
         partition = seed
         canonical_layout(params, partition.layout)
-        if theta.shape != (partition.d,):
-            raise ValueError(f"theta has shape {theta.shape}, but the partition has d = {partition.d}.")
     else:
         layout = canonical_layout(params, targets)
         partition = partitions.make_partition(
@@ -98,10 +95,13 @@ def bind(
       partition: of the whole model.
       theta: (d,); with `split`, (T, d): a copy for each of the T devices along the mesh axis "tensor".
       dropout, key: as in `gpart_transform`. Each layer of a stacked leaf has a mask of its own.
-      split: for each targeted path the axis along which "tensor" divides the leaf (of a scan, the slice), or None. Each
-        device then makes its own part from its own copy of theta, and its copy's gradient from its own part: nothing is
+      split: for each targeted path the axis along which "tensor" divides the leaf, or None. Each device then makes its own part from its own copy of theta, and its copy's gradient from its own part: nothing is
         communicated, and the copies' gradients are yet to be summed.
     """
+    if theta.shape[-1] != partition.d:
+        raise ValueError(f"theta has shape {theta.shape}, but the partition has d = {partition.d}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout} must be in [0, 1).")
     if key is not None:  # in shard_map, a key that varies over mesh axes makes theta vary over them too
         theta += jnp.zeros_like(jax.random.key_data(key), shape=(), dtype=theta.dtype)
     views: dict[str, list] = {}
@@ -173,7 +173,9 @@ def _delta_on_mesh(region: Region, leaf: Leaf, axis: int | None, tables, layer):
     def local(table, device, layer):  # (1, 8, d), (1,)
         return expand(region, leaf, table[0], layer, _part(leaf, layer, axis, device[0], len(tables)))
 
-    return _over_tensor(local, out_spec=_split_spec(axis))((tables, P("tensor")), _devices(len(tables)), (layer, P()))
+    return over_tensor(local, out_specs=_split_spec(axis, layer))(
+        (tables, P("tensor")), _devices(len(tables)), (layer, P())
+    )
 
 
 def _delta_on_mesh_forward(region, leaf, axis, tables, layer):
@@ -189,22 +191,11 @@ def _delta_on_mesh_backward(region, leaf, axis, residuals, cotangent):
             total = jnp.where(device[0] == 0, total, 0)
         return total[None]
 
-    args = (cotangent, _split_spec(axis)), _devices(count), (layer, P())
-    return _over_tensor(local, out_spec=P("tensor"))(*args), None
+    args = (cotangent, _split_spec(axis, layer)), _devices(count), (layer, P())
+    return over_tensor(local, out_specs=P("tensor"))(*args), None
 
 
 _delta_on_mesh.defvjp(_delta_on_mesh_forward, _delta_on_mesh_backward)
-
-
-def _over_tensor(function, out_spec):
-    """A shard_map over "tensor" alone, within one over the other axes; takes (argument, spec) pairs."""
-
-    def call(*pairs):
-        args, specs = zip(*pairs)
-        mapped = jax.shard_map(function, in_specs=specs, out_specs=out_spec, axis_names={"tensor"}, check_vma=False)
-        return mapped(*args)
-
-    return call
 
 
 def _devices(count):
@@ -212,15 +203,15 @@ def _devices(count):
     return jnp.arange(count), P("tensor")
 
 
-def _split_spec(axis):
-    return P() if axis is None else P(*[None] * axis, "tensor")
+def _split_spec(axis, layer):
+    return P() if axis is None else P(*[None] * (axis - (layer is not None)), "tensor")
 
 
 def _part(leaf: Leaf, layer, axis, device, devices) -> Part | None:
     if axis is None:
         return None
-    size = leaf.shape[axis if layer is None else axis + 1] // devices
-    return axis, device * size, size
+    size = leaf.shape[axis] // devices
+    return axis - (layer is not None), device * size, size
 
 
 def expand(region: Region, leaf: Leaf, table, layer=None, part: Part | None = None):

