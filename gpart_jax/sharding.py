@@ -28,6 +28,12 @@ ENCODER: Rules = (
     (r"/(out|output)/kernel$", P("tensor", "fsdp")),
     (r"embeddings/word/", P("tensor", "fsdp")),
 )
+DECODER_TIED: Rules = (  # layers are stacked along axis 0; the embedding is the output layer too
+    (r"^layers/.*/(query|key|value|gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"^layers/.*/(out|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"^embed/", P("tensor", "fsdp")),
+)
+DECODER: Rules = (*DECODER_TIED, (r"^lm_head/", P("fsdp", "tensor")))
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence | None = None) -> Mesh:

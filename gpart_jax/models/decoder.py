@@ -1,0 +1,291 @@
+"""A decoder-only language model in Flax Linen: Llama, Mistral, Qwen2 and Gemma by configuration.
+
+Llama 3: arXiv 2407.21783. Mistral: 2310.06825. Qwen2.5: 2412.15115. Gemma: 2403.08295. It computes what Hugging Face's
+`LlamaForCausalLM` and its like compute. The layers are stacked and scanned: a weight of all of them is one leaf, such as
+`layers/attention/query/kernel` of shape (layers, in, out).
+
+In the comments B is the batch, L the length, H the hidden size, A the number of heads, K that of key and value heads, and D
+the size of one head.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+}
+FAMILIES = ("llama", "mistral", "qwen2", "gemma")
+HF_NAMES = {  # fields of DecoderConfig that config.json calls otherwise
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "family": "model_type",
+}
+REMAT = {  # what the backward pass finds of a layer; it makes the rest again, the layer's adapted weights always
+    "full": None,  # the layer's input alone
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and what its projections gave
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's: frequencies of long wavelengths are divided by `factor`, those between two bounds by something less."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder; hashable, so it can be a static argument of `jax.jit`.
+
+    Raises:
+      ValueError: an unknown family or activation, or heads that the key and value heads do not divide.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int  # the longest sequence, in tokens
+    norm_eps: float
+    rope_theta: float
+    family: str
+    tied: bool  # whether the output layer is the embedding
+    hidden_act: str = "silu"
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # a token sees so many, itself included; None: all before it
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"family {self.family!r} is not supported. Use one of {', '.join(FAMILIES)}.")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported. Use one of {', '.join(ACTIVATIONS)}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "DecoderConfig":
+        """The config that a Hugging Face `config.json`, read as a dict, describes.
+
+        Raises:
+          ValueError: it describes a model that this file does not compute, or leaves out one of its sizes.
+        """
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"config.json has model_type {family!r}; this decoder is {', '.join(FAMILIES)}.")
+        heads = config.get("num_attention_heads") or 1
+        defaults = {
+            "num_key_value_heads": heads,
+            "head_dim": (config.get("hidden_size") or 0) // heads,
+            "rope_theta": 10_000.0,
+            "tie_word_embeddings": family == "gemma",  # what the class has where the file says nothing
+            "initializer_range": 0.02,
+        }
+        config = defaults | {name: value for name, value in config.items() if value is not None}
+        if family == "gemma":  # its first files say "gelu" and mean this
+            config["hidden_act"] = config.get("hidden_activation", "gelu_pytorch_tanh")
+        if family == "qwen2" and not config.get("use_sliding_window"):
+            config.pop("sliding_window", None)
+        for name in ("attention_bias", "mlp_bias"):
+            if config.get(name):
+                raise ValueError(f"config.json has {name} true; this decoder has no such biases.")
+        config["rope_scaling"] = _rope_scaling(config.get("rope_scaling"))
+        optional = {"sliding_window", "rope_scaling"}
+        fields = {field.name: HF_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
+        missing = [name for name in fields.values() if config.get(name) is None and name not in optional]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}. Add what the model was trained with.")
+        return cls(**{field: config.get(name) for field, name in fields.items()})
+
+
+def _rope_scaling(described: dict | None) -> RopeScaling | None:
+    if not described or described.get("rope_type", described.get("type")) == "default":
+        return None
+    kind = described.get("rope_type", described.get("type"))
+    if kind != "llama3":
+        raise ValueError(f"config.json has rope_scaling {kind!r}; this decoder supports 'llama3' or none.")
+    return RopeScaling(**{field.name: described[field.name] for field in dataclasses.fields(RopeScaling)})
+
+
+class Decoder(nn.Module):
+    """Token ids to the logits of the token after each.
+
+    Call it as `model.apply({"params": params}, input_ids, attention_mask)`. To adapt the layers within the scan, so that
+    the adapted weights of only one are alive at a time, adapt the rest before:
+
+      adapt = method.bind(params, trainable)
+      outside = adapt({name: part for name, part in params.items() if name != "layers"})
+      logits = model.apply({"params": outside | {"layers": params["layers"]}}, input_ids, attention_mask, adapt)
+
+    Args:
+      input_ids: int (B, L); L is at most `config.max_positions`.
+      attention_mask: int or bool (B, L); zero where a token is padding, on the left or on the right.
+      adapt: a bound method (`Method.bind`).
+
+    Returns:
+      float32 (B, L, vocab_size).
+
+    Raises:
+      ValueError: sequences that are too long.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32  # of the computation
+    param_dtype: Any = jnp.float32
+    remat: str = "full"  # of REMAT
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask, adapt: Callable | None = None) -> jax.Array:
+        config = self.config
+        length = input_ids.shape[1]
+        if length > config.max_positions:
+            raise ValueError(
+                f"Sequences have {length} tokens, but the model takes {config.max_positions}. Truncate them."
+            )
+        init = nn.initializers.normal(config.initializer_range)
+        embed = nn.Embed(
+            config.vocab_size, config.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=init,
+            name="embed",
+        )  # fmt: skip
+        hidden = embed(input_ids)  # (B, L, H)
+        if config.family == "gemma":
+            hidden *= jnp.asarray(config.hidden_size**0.5, self.dtype)
+
+        real = attention_mask.astype(bool)
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)  # (B, L), from a row's first real token
+        rope = _rope(config, positions)
+        ahead = jnp.arange(length)[:, None] - jnp.arange(length)  # (L, L), how far the key lies before the query
+        seen = ahead >= 0
+        if config.sliding_window is not None:
+            seen &= ahead < config.sliding_window
+        mask = seen & real[:, None, None]  # (B, 1, L, L)
+
+        layer = Layer(config, self.dtype, self.param_dtype, parent=None)
+
+        def init_layers(key):
+            keys = jax.random.split(key, config.num_layers)
+            return jax.vmap(lambda key: layer.init(key, hidden, rope, mask)["params"])(keys)
+
+        def one_layer(hidden, number_and_weights):
+            number, weights = number_and_weights
+            if adapt is not None:
+                weights = adapt({"layers": weights}, layer=number)["layers"]
+            return layer.apply({"params": weights}, hidden, rope, mask), None
+
+        if self.is_initializing():
+            layers = self.param("layers", init_layers)
+        else:  # without `param`'s check of shapes: on a mesh these may be shards, which `adapt` makes whole
+            layers = self.get_variable("params", "layers")
+        one_layer = jax.checkpoint(one_layer, policy=REMAT[self.remat], prevent_cse=False)  # a scan needs no such barrier
+        hidden, _ = jax.lax.scan(one_layer, hidden, (jnp.arange(config.num_layers), layers))
+
+        hidden = RMSNorm(config, self.dtype, self.param_dtype, name="norm")(hidden)
+        if config.tied:
+            return embed.attend(hidden).astype(jnp.float32)
+        lm_head = _dense(config.vocab_size, self, "lm_head")
+        return lm_head(hidden).astype(jnp.float32)  # (B, L, vocab_size)
+
+
+class Layer(nn.Module):
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden, rope, mask):
+        types = self.config, self.dtype, self.param_dtype
+        hidden += Attention(*types, name="attention")(RMSNorm(*types, name="attention_norm")(hidden), rope, mask)
+        return hidden + MLP(*types, name="mlp")(RMSNorm(*types, name="mlp_norm")(hidden))
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden, rope, mask):
+        config = self.config
+        batch, length, _ = hidden.shape
+
+        def project(heads, name):
+            out = _dense(heads * config.head_dim, self, name, use_bias=config.family == "qwen2")(hidden)
+            return out.reshape(batch, length, heads, config.head_dim)
+
+        query = _rotate(project(config.num_heads, "query"), rope)  # (B, L, A, D)
+        key = _rotate(project(config.num_kv_heads, "key"), rope)  # (B, L, K, D)
+        value = project(config.num_kv_heads, "value")
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)  # (B, L, A, D)
+        return _dense(config.hidden_size, self, "out")(mixed.reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden):
+        gate, up = (_dense(self.config.intermediate_size, self, name)(hidden) for name in ("gate", "up"))
+        return _dense(self.config.hidden_size, self, "down")(ACTIVATIONS[self.config.hidden_act](gate) * up)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm (arXiv 1910.07467), in float32; Gemma's scale is one more than its weight."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden):
+        gemma = self.config.family == "gemma"
+        init = nn.initializers.zeros if gemma else nn.initializers.ones
+        scale = self.param("scale", init, (hidden.shape[-1],), self.param_dtype)
+        wide = hidden.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.norm_eps)
+        if gemma:
+            return (wide * (1 + scale.astype(jnp.float32))).astype(self.dtype)
+        return scale.astype(self.dtype) * wide.astype(self.dtype)
+
+
+def _rope(config, positions):
+    """Cosine and sine of the rotary angles (arXiv 2104.09864), float32 (B, L, 1, D / 2) each."""
+    frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)  # within the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = jnp.clip((turns - low) / (high - low), 0, 1)  # 1: as it is, 0: divided by the factor
+        frequency *= keep + (1 - keep) / scaling.factor
+    angles = positions[:, :, None, None] * frequency
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x, rope):
+    cos, sin = (part.astype(x.dtype) for part in rope)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _dense(features, module, name, use_bias=False):
+    init = nn.initializers.normal(module.config.initializer_range)
+    return nn.Dense(
+        features, use_bias, dtype=module.dtype, param_dtype=module.param_dtype, kernel_init=init, name=name
+    )
