@@ -53,6 +53,8 @@ def run_once(processes: int, devices: int, arguments: list[str], stopping: list)
         subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(index)}, start_new_session=True)
         for index in range(processes)
     ]
+    for index, process in enumerate(started):
+        print(f"launch: process {index} has pid {process.pid}", flush=True)
     told = False
     try:
         while True:

@@ -193,7 +193,9 @@ class Decoder(nn.Module):
             layers = self.param("layers", init_layers)
         else:  # without `param`'s check of shapes: on a mesh these may be shards, which `adapt` makes whole
             layers = self.get_variable("params", "layers")
-        one_layer = jax.checkpoint(one_layer, policy=REMAT[self.remat], prevent_cse=False)  # a scan needs no such barrier
+        one_layer = jax.checkpoint(
+            one_layer, policy=REMAT[self.remat], prevent_cse=False
+        )  # a scan needs no such barrier
         hidden, _ = jax.lax.scan(one_layer, hidden, (jnp.arange(config.num_layers), layers))
 
         hidden = RMSNorm(config, self.dtype, self.param_dtype, name="norm")(hidden)
@@ -286,6 +288,4 @@ def _rotate(x, rope):
 
 def _dense(features, module, name, use_bias=False):
     init = nn.initializers.normal(module.config.initializer_range)
-    return nn.Dense(
-        features, use_bias, dtype=module.dtype, param_dtype=module.param_dtype, kernel_init=init, name=name
-    )
+    return nn.Dense(features, use_bias, dtype=module.dtype, param_dtype=module.param_dtype, kernel_init=init, name=name)

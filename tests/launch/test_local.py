@@ -1,0 +1,143 @@
+"""One run in two real processes of four virtual devices: equal to one device, killed, preempted, incomplete."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from absl import app
+from safetensors.numpy import load_file
+
+from experiments import processes
+from experiments.train import train
+from tests.experiments.test_train import last_step, logged
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 160
+
+
+def arguments(model, workdir):
+    return [
+        "--config=configs/quickstart.py", f"--config.model.source={model}", "--config.method.d=256",
+        "--config.train.epochs=1", "--config.train.log_every=10", "--config.train.checkpoint_every=20",
+        f"--workdir={workdir}",
+    ]  # fmt: skip
+
+
+def launch(model, workdir):
+    command = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=4", *arguments(model, workdir)]
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{model}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | cache | {"XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    process = launch(tiny_model, workdir)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "8 x cpu" in (workdir / "results.json").read_text()
+    return workdir
+
+
+def test_two_processes_train_as_one_device_does(undisturbed, make_config, tmp_path):
+    config = make_config("gpart")
+    config.method.dropout, config.train.epochs = 0.0, 1
+    one = train(config, tmp_path)
+    assert one["steps"] == STEPS
+    ours, theirs = (load_file(workdir / "adapter.safetensors") for workdir in (tmp_path, undisturbed))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(theirs[name], ours[name], atol=2e-4)
+    losses = [[row["loss"] for row in logged(workdir) if "loss" in row] for workdir in (tmp_path, undisturbed)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_process_is_killed_and_the_run_ends_with_the_same_theta(undisturbed, tiny_model, tmp_path):
+    process = launch(tiny_model, tmp_path)
+    lines, killed = [], False
+    watch = threading.Timer(300, process.kill)  # a guard against hanging
+    watch.start()
+    pids = {}
+    while len(pids) < 2:
+        lines.append(process.stdout.readline())
+        assert lines[-1], "".join(lines)
+        if match := re.search(r"process (\d) has pid (\d+)", lines[-1]):
+            pids[int(match[1])] = int(match[2])
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout))
+    reader.start()
+    while not killed and process.poll() is None:
+        if last_step(tmp_path / "metrics.jsonl") >= 70:
+            os.kill(pids[1], signal.SIGKILL)
+            killed = True
+    assert process.wait() == 0, "".join(lines)
+    watch.cancel()
+    reader.join()
+    assert killed
+    assert "restart 1 of 3" in "".join(lines)
+    assert re.search(r"gpart: goes on after step (60|80)", "".join(lines))
+    assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
+    assert logged(tmp_path) == logged(undisturbed)
+
+
+def test_sigterm_has_all_processes_save_and_leave(undisturbed, tiny_model, tmp_path):
+    process = launch(tiny_model, tmp_path)
+    watch = threading.Timer(300, process.kill)
+    watch.start()
+    while last_step(tmp_path / "metrics.jsonl") < 50 and process.poll() is None:
+        pass
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    watch.cancel()
+    assert process.returncode == 143, output
+    assert re.search(r"SIGTERM: saved step \d+", output)
+    again = launch(tiny_model, tmp_path)
+    output = again.communicate(timeout=300)[0]
+    assert again.returncode == 0 and "goes on after step" in output
+    assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
+
+
+def test_a_process_that_never_joins_is_named(tmp_path):
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": "localhost:21987", "JAX_NUM_PROCESSES": "4"}
+    command = [sys.executable, "-m", "experiments.train", f"--workdir={tmp_path / 'run'}", "--join_timeout=8"]
+    started = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": str(n)}, stderr=subprocess.PIPE, text=True
+        )
+        for n in (0, 2)
+    ]
+    for process in started:
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+        assert "Process 1, 3 of 4 (counted from 0) did not join within 8 s." in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_process_0_the_others_say_so():
+    with pytest.raises(TimeoutError, match="Process 0 of 2"):
+        processes.roll_call("localhost:21988", 2, 1, timeout=1)
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "set, but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
+        ({"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "must be host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "one of 0 to"),
+    ],
+)
+def test_incomplete_or_wrong_variables_are_named(monkeypatch, variables, message):
+    for name in processes.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(app.UsageError, match=message):
+        processes.join()
