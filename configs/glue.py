@@ -94,6 +94,7 @@ def get_config(arguments: str = "sst2") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.1  # on theta and on matrices
     config.optimizer.schedule = "linear"
     config.optimizer.warmup = 0.06  # of the steps
+    config.optimizer.clip = ml_collections.config_dict.placeholder(float)  # the gradient's norm, at most
     return config
 
 

@@ -47,4 +47,5 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.optimizer.schedule = "linear"
     config.optimizer.warmup = 0.06  # of the steps
+    config.optimizer.clip = ml_collections.config_dict.placeholder(float)  # the gradient's norm, at most
     return config

@@ -8,12 +8,13 @@ _KEYS = {  # None: a value, or a section that is checked by its user
     "seed": None,
     "head_targets": None,
     "method": None,  # by gpart_jax.methods.from_spec
-    "model": {"source", "dtype", "dropout"},
+    "model": {"source", "dtype"},
     "mesh": {"data", "fsdp", "tensor"},
     "task": None,  # by experiments.tasks.load_task
     "train": {"epochs", "batch_size", "accumulate", "eval_batch_size", "log_every", "checkpoint_every"},
-    "optimizer": {"lr", "head_lr", "weight_decay", "schedule", "warmup"},
+    "optimizer": {"lr", "head_lr", "weight_decay", "schedule", "warmup", "clip"},
 }
+_OPTIONAL = {"model": {"dropout", "remat"}}  # of encoders, of decoders
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -21,7 +22,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     _check_keys("config", set(config), set(_KEYS))
     for section, keys in _KEYS.items():
         if keys:
-            _check_keys(f"config.{section}", set(config[section]), keys)
+            _check_keys(f"config.{section}", set(config[section]) - _OPTIONAL.get(section, set()), keys)
     for key in _KEYS["train"]:
         if not isinstance(config.train[key], int) or config.train[key] < 1:
             raise ValueError(f"config.train.{key} must be a positive integer, not {config.train[key]!r}.")

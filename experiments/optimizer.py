@@ -14,6 +14,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     schedule: str = "linear",
     warmup: float = 0.06,
+    clip: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with two learning rates.
 
@@ -24,6 +25,7 @@ def make_optimizer(
       weight_decay: on theta and on matrices; never on biases and norms (one-dimensional model leaves).
       schedule: "linear" or "cosine" decay to zero, or "constant".
       warmup: fraction of the steps in which the rate rises linearly from zero.
+      clip: longest norm of the whole gradient; a longer one is scaled down to it. None: any.
 
     Raises:
       ValueError: an unknown schedule, or a warmup outside [0, 1].
@@ -38,7 +40,8 @@ def make_optimizer(
             _schedule(schedule, peak, total_steps, round(warmup * total_steps)), weight_decay=weight_decay, mask=_decays
         )
 
-    return optax.partition({"head": adamw(head_lr), "main": adamw(lr)}, _labels)
+    optimizer = optax.partition({"head": adamw(head_lr), "main": adamw(lr)}, _labels)
+    return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)
 
 
 def _schedule(name: str, peak: float, total: int, warmup: int) -> optax.Schedule:

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
 from experiments.data import INPUTS, Task
 from gpart_jax.methods import Method
+from gpart_jax.models.decoder import Decoder
 from gpart_jax.sharding import value_and_grad
 
 
@@ -28,12 +30,36 @@ def make_loss(model: nn.Module, task: Task) -> Callable:
     return loss
 
 
+def make_language_loss(model: Decoder) -> Callable:
+    """loss(adapt, frozen, batch, key=None) -> float32 (): the mean cross-entropy of the tokens that `loss_mask` names.
+
+    `batch` holds `input_ids` and `attention_mask`, int (rows, length), and `weights`, float32 (rows, length), by which the
+    mean over rows is one over the tokens of the whole batch: see `token_weights`.
+    """
+
+    def loss(adapt, frozen, batch, key=None):
+        del key  # these models have no dropout
+        outside = adapt({name: part for name, part in frozen.items() if name != "layers"})
+        params = outside | {"layers": frozen["layers"]}  # those are adapted one by one, within the scan
+        logits = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], adapt)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch["input_ids"][:, 1:])
+        return (losses * batch["weights"][:, 1:]).sum(axis=1).mean()
+
+    return loss
+
+
+def token_weights(loss_mask: jax.Array) -> jax.Array:
+    """1 / tokens for each token that the mask names, times rows: float32 (rows, length), from the mask of a whole batch."""
+    mask = loss_mask.astype(jnp.float32)
+    return mask * (len(mask) / jnp.maximum(mask[:, 1:].sum(), 1))  # nothing predicts a row's first token
+
+
 def make_train_step(
     loss: Callable, method: Method, optimizer: optax.GradientTransformation, shardings, accumulate: int = 1
 ) -> Callable:
     """step(trainable, optimizer_state, frozen, batch, key_data, number) -> (trainable, optimizer_state, loss).
 
-    The first two are donated. `key_data` is that of the run's key; folding in the step's `number` makes the step's own.
+    Any `loss_mask` of the batch becomes `weights`. The first two are donated. `key_data` is that of the run's key; folding in the step's `number` makes the step's own.
     `shardings`: of `frozen`, and so the mesh. With `accumulate` > 1 a batch goes through the model in so many equal parts,
     one after another: activations take that much less memory, and only gradients of the trained numbers are added up.
     Each part draws its own dropout.
@@ -42,6 +68,9 @@ def make_train_step(
 
     def step(trainable, optimizer_state, frozen, batch, key_data, number):
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), number)
+        if "loss_mask" in batch:
+            batch = dict(batch)
+            batch["weights"] = token_weights(batch.pop("loss_mask"))
         value, gradient = gradient_of(trainable, frozen, batch, key)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
         return optax.apply_updates(trainable, updates), optimizer_state, value

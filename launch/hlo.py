@@ -1,0 +1,84 @@
+"""What a compiled program communicates, read from its HLO text."""
+
+import math
+import re
+from typing import NamedTuple
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
+          "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+class Collective(NamedTuple):
+    """One collective instruction of a program for one device."""
+
+    kind: str  # of KINDS
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, dimensions) of what it gives each device
+    group: int  # devices that take part together
+    times: int  # executions in one run of the program
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    @property
+    def bytes(self) -> int:
+        """Size of its result, times its executions."""
+        return self.times * sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in self.shapes)
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of more than one device, with how often loops execute them.
+
+    Args:
+      text: `compiled.as_text()`.
+
+    Raises:
+      ValueError: a collective in a loop whose number of trips the text does not say.
+    """
+    found, calls, name, entry = {}, {}, None, None
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[1]
+            found[name], calls[name] = [], []
+            if line.startswith("ENTRY"):
+                entry = name
+        if name is None or " = " not in line:
+            continue
+        if match := _COLLECTIVE.search(line):
+            shapes = tuple((d, tuple(map(int, filter(None, s.split(","))))) for d, s in re.findall(r"(\w+)\[([\d,]*)\]", match[1]))
+            if match[3] and match[2] != "all-reduce":  # (operands..., results..., contexts)
+                shapes = shapes[len(shapes) // 2 :] if len(shapes) % 2 == 0 else shapes[1:2]
+            group = _group(line)
+            if group > 1:
+                found[name].append((match[2], shapes, group))
+        trips = _TRIPS.search(line)
+        loop = re.search(r"\bwhile\(", line)
+        called = _CALLED.findall(line) + [b.strip().lstrip("%") for m in _BRANCHES.findall(line) for b in m.split(",")]
+        for other in called:
+            calls[name].append((other, (int(trips[1]) if trips else None) if loop else 1))
+
+    def below(name, times):
+        result = [Collective(*one, times) for one in found.get(name, [])]
+        for other, trips in calls.get(name, []):
+            if trips is None and below(other, 1):
+                raise ValueError(f"The loop {other} communicates, but the program doesn't say how often it runs.")
+            result += below(other, times * (trips or 1))
+        return result
+
+    return below(entry, 1)
+
+
+def _group(line: str) -> int:
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):  # groups, devices in each
+        return int(match[2])
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return match[1].count(",") + 1
+    if match := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return 2 if any(a != b for a, b in re.findall(r"\{(\d+),(\d+)", match[0])) else 1
+    return 2  # no groups named: all devices
