@@ -226,6 +226,14 @@ def over_tensor(function: Callable, out_specs) -> Callable:
     return call
 
 
+def whole(x):
+    """`x` with the hint that each device along "tensor" shall hold all of it; `x` itself where there is no such axis.
+
+    For a model's residual stream. Without it XLA may divide that too, and then has to move weight gradients around.
+    """
+    return jax.lax.with_sharding_constraint(x, P()) if "tensor" in jax.sharding.get_abstract_mesh().auto_axes else x
+
+
 def tensor_axis(leaf) -> int | None:
     """The axis along which "tensor" divides a leaf with a NamedSharding."""
     spec = tuple(leaf.sharding.spec)

@@ -11,6 +11,8 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -41,44 +43,54 @@ def collectives(text: str) -> list[Collective]:
     Raises:
       ValueError: a collective in a loop whose number of trips the text does not say.
     """
-    found, calls, name, entry = {}, {}, None, None
+    found, calls, bounds, name, entry = {}, {}, {}, None, None
+    devices = int(re.search(r"num_partitions=(\d+)|$", text)[1] or 1)
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             name = match[1]
-            found[name], calls[name] = [], []
+            found[name], calls[name], bounds[name] = [], [], []
             if line.startswith("ENTRY"):
                 entry = name
         if name is None or " = " not in line:
             continue
         if match := _COLLECTIVE.search(line):
-            shapes = tuple((d, tuple(map(int, filter(None, s.split(","))))) for d, s in re.findall(r"(\w+)\[([\d,]*)\]", match[1]))
+            shapes = tuple(
+                (d, tuple(map(int, filter(None, s.split(","))))) for d, s in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            )
             if match[3] and match[2] != "all-reduce":  # (operands..., results..., contexts)
                 shapes = shapes[len(shapes) // 2 :] if len(shapes) % 2 == 0 else shapes[1:2]
-            group = _group(line)
+            group = _group(line) or devices
             if group > 1:
                 found[name].append((match[2], shapes, group))
-        trips = _TRIPS.search(line)
-        loop = re.search(r"\bwhile\(", line)
+        bounds[name] += _BOUND.findall(line)
+        trips = 1
+        if " while(" in line:
+            known = _TRIPS.search(line)
+            trips = int(known[1]) if known else _CONDITION.search(line)[1]
         called = _CALLED.findall(line) + [b.strip().lstrip("%") for m in _BRANCHES.findall(line) for b in m.split(",")]
         for other in called:
-            calls[name].append((other, (int(trips[1]) if trips else None) if loop else 1))
+            calls[name].append((other, trips))
 
     def below(name, times):
         result = [Collective(*one, times) for one in found.get(name, [])]
         for other, trips in calls.get(name, []):
-            if trips is None and below(other, 1):
-                raise ValueError(f"The loop {other} communicates, but the program doesn't say how often it runs.")
-            result += below(other, times * (trips or 1))
+            if isinstance(trips, str):  # a condition, which compares a counter from 0 on with its only constant
+                if len(bounds[trips]) != 1:
+                    if not below(other, 1):
+                        continue
+                    raise ValueError(f"The loop {other} communicates, but the program doesn't say how often it runs.")
+                trips = int(bounds[trips][0])
+            result += below(other, times * trips)
         return result
 
     return below(entry, 1)
 
 
-def _group(line: str) -> int:
+def _group(line: str) -> int | None:
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):  # groups, devices in each
         return int(match[2])
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return match[1].count(",") + 1
     if match := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return 2 if any(a != b for a, b in re.findall(r"\{(\d+),(\d+)", match[0])) else 1
-    return 2  # no groups named: all devices
+    return None  # none named: all devices

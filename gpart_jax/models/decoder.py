@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gpart_jax.sharding import whole
+
 ACTIVATIONS = {
     "silu": nn.silu,
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
@@ -164,7 +166,7 @@ class Decoder(nn.Module):
             config.vocab_size, config.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=init,
             name="embed",
         )  # fmt: skip
-        hidden = embed(input_ids)  # (B, L, H)
+        hidden = whole(embed(input_ids))  # (B, L, H)
         if config.family == "gemma":
             hidden *= jnp.asarray(config.hidden_size**0.5, self.dtype)
 
@@ -213,8 +215,9 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, hidden, rope, mask):
         types = self.config, self.dtype, self.param_dtype
-        hidden += Attention(*types, name="attention")(RMSNorm(*types, name="attention_norm")(hidden), rope, mask)
-        return hidden + MLP(*types, name="mlp")(RMSNorm(*types, name="mlp_norm")(hidden))
+        attended = Attention(*types, name="attention")(RMSNorm(*types, name="attention_norm")(hidden), rope, mask)
+        hidden += whole(attended)
+        return hidden + whole(MLP(*types, name="mlp")(RMSNorm(*types, name="mlp_norm")(hidden)))
 
 
 class Attention(nn.Module):
