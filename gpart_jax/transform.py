@@ -135,6 +135,8 @@ def bind(
         for path, leaf in named_leaves(params):
             if path in views:
                 adapted[path] = (leaf + delta(path, layer)).astype(leaf.dtype)
+                if split is not None:  # and so for its cotangent, which XLA may else make otherwise and then move
+                    adapted[path] = jax.lax.with_sharding_constraint(adapted[path], _split_spec(split[path], layer))
         return replace_leaves(params, adapted)
 
     return adapt

@@ -44,6 +44,7 @@ def collectives(text: str) -> list[Collective]:
       ValueError: a collective in a loop whose number of trips the text does not say.
     """
     found, calls, bounds, name, entry = {}, {}, {}, None, None
+    pieces = set()
     devices = int(re.search(r"num_partitions=(\d+)|$", text)[1] or 1)
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
@@ -60,8 +61,12 @@ def collectives(text: str) -> list[Collective]:
             if match[3] and match[2] != "all-reduce":  # (operands..., results..., contexts)
                 shapes = shapes[len(shapes) // 2 :] if len(shapes) % 2 == 0 else shapes[1:2]
             group = _group(line) or devices
-            if group > 1:
+            # The TPU's compiler fuses one collective with several pieces of other work, and names it in each.
+            piece = (re.search(r"channel_id=(\d+)|$", line)[1], shapes) if "fus" in name else None
+            if group > 1 and piece not in pieces:
                 found[name].append((match[2], shapes, group))
+                if piece:
+                    pieces.add(piece)
         bounds[name] += _BOUND.findall(line)
         trips = 1
         if " while(" in line:

@@ -1,0 +1,220 @@
+"""Compiles a config's training step for a mesh that isn't here, and says what it costs each device.
+
+  python -m launch.dryrun --config=configs/math.py:llama31_8b --mesh=data:16,tensor:4 --devices=64 --chip=v5e
+
+Nothing is downloaded and no weight is allocated. For a TPU chip the step is compiled by the TPU's own compiler where the
+package `libtpu` is installed; else, and for GPUs, for virtual CPU devices, which compute bfloat16 in float32 and so need up
+to twice the temporaries.
+"""
+
+import collections
+import importlib.util
+import math
+import os
+import re
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from absl import app, flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_flags
+
+from experiments.data import Task
+from experiments.logger import quiet
+from experiments.optimizer import make_optimizer
+from experiments.step import make_language_loss, make_loss, make_train_step
+from gpart_jax import sharding
+from gpart_jax.methods import from_spec, trained_numbers
+from gpart_jax.models import decoder, published
+from gpart_jax.models.decoder import Decoder, DecoderConfig
+from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
+from launch import hlo
+
+GIB = 2**30
+CHIPS = {"v5e": 16, "v5p": 95, "h100": 80, "h200": 141}  # GB of memory, as they are sold
+TOPOLOGIES = {  # of so many TPU chips
+    "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"},
+}
+
+
+class Step(NamedTuple):
+    """A training step and the shapes of its arguments, laid out on a mesh."""
+
+    function: object  # jitted
+    arguments: tuple  # trainable, optimizer state, frozen, batch, key data, number; jax.ShapeDtypeStructs
+    params: int  # numbers of the whole model
+
+
+def describe(config, mesh, length: int | None = None) -> Step:
+    """The step of a config on a mesh, for batches of `length` tokens (None: the longest that the task has)."""
+    if config.model.source not in published.CONFIGS:
+        raise app.UsageError(f"The shape of {config.model.source} isn't known. Known: {', '.join(published.CONFIGS)}.")
+    described, dtype = published.CONFIGS[config.model.source], jnp.dtype(config.model.dtype)
+    length = config.task.max_length if length is None else length
+    rows = config.train.batch_size
+    sharding.check_batch("config.train.batch_size", rows, mesh, config.train.accumulate)
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = {"input_ids": tokens, "attention_mask": tokens}
+    if described["model_type"] in decoder.FAMILIES:
+        model = Decoder(DecoderConfig.from_hf(described), dtype, dtype, config.model.remat)
+        rules = sharding.DECODER_TIED if model.config.tied else sharding.DECODER
+        loss = make_language_loss(model)
+        batch["loss_mask"] = tokens
+    else:
+        model = EncoderClassifier(EncoderConfig.from_hf(described), 2, dtype)
+        rules = sharding.ENCODER
+        loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), length))
+        batch["label"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    key = jax.random.key(0)
+    frozen = jax.eval_shape(model.init, key, tokens, tokens)["params"]
+    shardings = sharding.param_shardings(frozen, mesh, rules)
+    method = from_spec(config.method.to_dict(), config.head_targets)
+    optimizer = make_optimizer(1000, **config.optimizer)
+    step = make_train_step(loss, method, optimizer, shardings, config.train.accumulate)
+    trainable = jax.eval_shape(method.init, frozen, key)
+    everywhere, by_rows = NamedSharding(mesh, P()), NamedSharding(mesh, sharding.BATCH)
+    arguments = (
+        _on(everywhere, trainable),
+        _on(everywhere, jax.eval_shape(optimizer.init, trainable)),
+        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings),
+        _on(by_rows, batch),
+        _on(everywhere, jax.eval_shape(jax.random.key_data, key)),
+        0,
+    )
+    return Step(step, arguments, sum(leaf.size for leaf in jax.tree.leaves(frozen)))
+
+
+def _on(sharding, tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def device_bytes(tree) -> int:
+    """Bytes on each device of a tree of shapes with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def matmul_flops(jaxpr, share: int) -> float:
+    """Floating-point operations of a device in matrix products, all of its loops' trips counted.
+
+    Args:
+      jaxpr: of the step; inside its shard_map over "data" and "fsdp" shapes are those of one device, but for "tensor".
+      share: the size of "tensor", which divides the matrix products evenly.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += (
+                2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted) / share
+            )
+        trips = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            total += trips * matmul_flops(inner, share)
+    return total
+
+
+def tpu_devices(chip: str, count: int):
+    """Descriptions of so many TPU chips, from libtpu; none of them need be here."""
+    from jax.experimental import topologies  # only where libtpu is installed
+
+    if count not in TOPOLOGIES[chip]:
+        known = ", ".join(map(str, TOPOLOGIES[chip]))
+        raise app.UsageError(f"--devices={count} is no slice of {chip}. Choose one of {known}.")
+    name = f"{chip}:{TOPOLOGIES[chip][count]}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "data:16,tensor:4" -> {"data": 16, "tensor": 4}."""
+    try:
+        return {axis: int(size) for axis, size in (part.split(":") for part in text.split(","))}
+    except ValueError:
+        raise app.UsageError(f"--mesh={text} must look like data:16,tensor:4.") from None
+
+
+def report(step: Step, compiled, jaxpr, mesh, chip: str | None) -> str:
+    """The table of a compiled step, per device and per step."""
+    trainable, state, frozen, batch, *_ = step.arguments
+    memory = compiled.memory_analysis()
+    sizes = {
+        "frozen weights": device_bytes(frozen),
+        "trained numbers and optimizer": device_bytes((trainable, state)),
+        "batch": device_bytes(batch),
+        # Outputs that don't take the place of an argument are for a moment beside it.
+        "activations and temporaries": memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+    }
+    total = sum(sizes.values())
+    rows = [
+        *((name, f"{size / GIB:.3f} GiB") for name, size in sizes.items()),
+        ("in all", f"{total / GIB:.3f} GiB"),
+        ("matrix products", f"{matmul_flops(jaxpr, mesh.shape['tensor']) / 1e12:.2f} TFLOP"),
+    ]
+    by_kind = collections.defaultdict(lambda: [0, 0])
+    for one in hlo.collectives(compiled.as_text()):
+        by_kind[one.kind][0] += one.bytes
+        by_kind[one.kind][1] += one.times
+    for kind, (size, times) in sorted(by_kind.items()):
+        rows.append((f"{kind} ({times:,} times)", f"{size / 1e6:,.3f} MB"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {value:>14}" for name, value in rows]
+    for name in [chip] if chip else CHIPS:
+        room = CHIPS[name] * 1e9
+        verdict = "fits" if total <= room else "does not fit"
+        lines.append(f"  {verdict} {name} ({CHIPS[name]} GB): {total / room:.0%} of its memory")
+    return "\n".join(lines)
+
+
+def main(_):
+    quiet()
+    config, chip, count = flags.FLAGS.config, flags.FLAGS.chip, flags.FLAGS.devices
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # libtpu is not to look for TPUs
+    jax.config.update("jax_platforms", "cpu")
+    on_tpu = chip in TOPOLOGIES and importlib.util.find_spec("libtpu") is not None
+    if not on_tpu:
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = tpu_devices(chip, count) if on_tpu else jax.devices()
+    try:
+        mesh = sharding.make_mesh(parse_mesh(flags.FLAGS.mesh), devices)
+        step = describe(config, mesh, flags.FLAGS.length)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    trained = trained_numbers(step.arguments[0])
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    rows, length = step.arguments[3]["input_ids"].shape
+    print(
+        f"{config.model.source}: {step.params:,} numbers, {trained:,} trained ({config.method.name}); {rows} x {length} tokens"
+    )
+    print(f"{count} devices: {shape}; compiled for {chip if on_tpu else 'virtual CPU devices'}", flush=True)
+
+    start = time.perf_counter()
+    traced = step.function.trace(*step.arguments)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used \S+ of \S+ \S+", str(error))
+        print(f"  does not fit {chip}: {used[0] if used else str(error).splitlines()[0]}")
+        sys.exit(1)
+    print(report(step, compiled, traced.jaxpr, mesh, chip))
+    print(f"  compiled in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.")
+    flags.mark_flag_as_required("config")
+    flags.DEFINE_string("mesh", "data:-1", "Sizes of the axes data, fsdp and tensor; -1: the rest of the devices.")
+    flags.DEFINE_integer("devices", 64, "How many devices.", lower_bound=1)
+    flags.DEFINE_enum("chip", None, list(CHIPS), "Which chip; none: say of each whether it has the memory.")
+    flags.DEFINE_integer("length", None, "Tokens of every example; none: config.task.max_length.", lower_bound=2)
+    app.run(main)
