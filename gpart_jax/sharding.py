@@ -243,12 +243,16 @@ def tensor_axis(leaf) -> int | None:
 @jax.custom_vjp
 def one_copy(copies):
     """The trained numbers from their equal copies along "tensor", (T, ...). The first copy gets the whole gradient."""
-    specs = jax.tree.map(lambda _: P("tensor"), copies)
-    return over_tensor(lambda x: jax.tree.map(lambda leaf: leaf[0], x), P())((copies, specs))
+    split = jax.tree.map(lambda _: P("tensor"), copies)
+    return over_tensor(lambda x: jax.tree.map(lambda leaf: leaf[0], x), P())((copies, split))
 
 
 def _one_copy_backward(count, cotangent):
-    return (jax.tree.map(lambda g: jnp.concatenate([g[None], jnp.zeros((count - 1, *g.shape), g.dtype)]), cotangent),)
+    def local(cotangent, device):
+        return jax.tree.map(lambda g: jnp.where(device == 0, g, 0)[None], cotangent)
+
+    everywhere, split = (jax.tree.map(lambda _: spec, cotangent) for spec in (P(), P("tensor")))
+    return (over_tensor(local, split)((cotangent, everywhere), (jnp.arange(count), P("tensor"))),)
 
 
 one_copy.defvjp(lambda copies: (one_copy(copies), len(jax.tree.leaves(copies)[0])), _one_copy_backward)

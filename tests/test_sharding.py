@@ -1,0 +1,277 @@
+"""Meshes of eight virtual devices: the same numbers as one device, and what the compiled step communicates."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from experiments.data import Task
+from experiments.step import make_language_loss, make_loss, make_train_step
+from gpart_jax import canonical_layout, chain, full, gpart, head, lora, make_partition, sharding
+from gpart_jax.models.decoder import Decoder, DecoderConfig
+from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
+from gpart_jax.transform import contract, expand
+from launch.hlo import collectives
+
+MESHES = {
+    "one": ({}, 1),
+    "data 8": ({"data": 8}, 8),
+    "fsdp 8": ({"fsdp": 8}, 8),
+    "2 x 2 x 2": ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
+}
+ROWS, LENGTH = 16, 12
+ENCODER = EncoderConfig(64, 64, 2, 4, 128, 16, hidden_dropout=0.0, attention_dropout=0.0)
+DECODER = DecoderConfig(
+    vocab_size=64, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128,
+    max_positions=16, norm_eps=1e-6, rope_theta=1e4, family="qwen2", tied=False,
+)  # fmt: skip
+D = 300  # enough to stream
+
+
+def case(family):
+    """(loss, method, params, batch, rules) of a small model; dropout on the delta, none in the model."""
+    random = np.random.default_rng(0)
+    ids = random.integers(1, 64, (ROWS, LENGTH)).astype(np.int32)
+    mask = (np.arange(LENGTH) < random.integers(2, LENGTH + 1, (ROWS, 1))).astype(np.int32)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if family == "encoder":
+        model = EncoderClassifier(ENCODER, 2)
+        method = chain(gpart(D, 1, targets="(query|value)/kernel", dropout=0.1), head("^classifier/"))
+        loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), LENGTH))
+        batch["label"] = ids[:, 0] % 2
+        rules = sharding.ENCODER
+    else:
+        model = Decoder(DECODER)
+        method = gpart(D, 1, targets="(query|key|value|out)/kernel", dropout=0.1, stacked="^layers")
+        loss = make_language_loss(model)
+        batch["loss_mask"] = mask
+        rules = sharding.DECODER
+    params = model.init(jax.random.key(0), ids, mask)["params"]
+    return loss, method, params, batch, rules
+
+
+def on_mesh(name, params, rules):
+    sizes, count = MESHES[name]
+    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
+    return mesh, sharding.param_shardings(params, mesh, rules)
+
+
+def prepared(family, name):
+    """(compiled step, its arguments) on a mesh."""
+    loss, method, params, batch, rules = case(family)
+    mesh, shardings = on_mesh(name, params, rules)
+    optimizer = optax.adam(1e-2)
+    step = make_train_step(loss, method, optimizer, shardings)
+    trainable = method.init(params, jax.random.key(1))
+    state, key_data = optimizer.init(trainable), jax.random.key_data(jax.random.key(2))
+    trainable, state, key_data = sharding.replicate((trainable, state, key_data), mesh)
+    frozen, batch = sharding.place(params, shardings), sharding.global_batch(batch, mesh)
+    arguments = trainable, state, frozen, batch, key_data
+    return step.lower(*arguments, 0).compile(), arguments
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder"])
+def test_a_mesh_trains_as_one_device_does_at_the_cost_of_one_all_reduce(family):
+    runs = {}
+    for name in MESHES:
+        step, (trainable, state, frozen, *rest) = prepared(family, name)
+        if name != "one":
+            check_collectives(name, step, trainable, frozen, D + (64 * 2 + 2 if family == "encoder" else 0))
+        losses = []
+        for number in range(10):
+            trainable, state, loss = step(trainable, state, frozen, *rest, number)
+            losses.append(float(loss))
+        runs[name] = losses, jax.tree.map(np.asarray, trainable)
+    losses, trained = runs.pop("one")
+    assert losses[-1] < losses[0] and np.abs(trained["theta"]).max() > 0.05
+    for name, (others, other) in runs.items():
+        np.testing.assert_allclose(others, losses, rtol=2e-6, err_msg=name)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name), other, trained)
+
+
+def check_collectives(name, step, trainable, frozen, trained):
+    """Of the compiled step: one all-reduce of the trained numbers over all devices, and nothing of order N reduced."""
+    assert sum(leaf.size for leaf in jax.tree.leaves(trainable)) == trained
+    rest = []
+    for one in collectives(step.as_text()):
+        for _, shape in one.shapes:
+            if shape == (trained,):
+                assert (one.kind, one.group, one.times) == ("all-reduce", 8, 1)
+                trained = None  # once
+            elif shape != ():
+                rest.append((one, shape))
+    assert trained is None
+    if name == "data 8":
+        assert not rest
+    elif name == "fsdp 8":  # weights are gathered, never reduced
+        assert rest and {one.kind for one, _ in rest} == {"all-gather"}
+        assert sum(one.elements * one.times for one, _ in rest) < 3 * sum(x.size for x in jax.tree.leaves(frozen))
+    else:  # between the two devices of "tensor", activations; between those of "fsdp", weights
+        activations = [shape for one, shape in rest if one.kind != "all-gather"]
+        assert activations and all(shape[0] == ROWS // 4 for shape in activations), activations
+        assert {one.group for one, _ in rest} == {2}
+
+
+METHODS = {
+    "gpart": gpart(D, 1, targets="(query|value)/kernel", dropout=0.1, stacked="^layers"),
+    "gpart, a few elements": gpart(40, 1, targets="(query|value)/(kernel|bias)", stacked="^layers"),
+    "splitmix64": gpart(D, 1, targets="(query|value)/kernel", scheme="splitmix64", stacked="^layers"),
+    "lora and a head": chain(lora(4, targets="(query|value)/kernel"), head("^lm_head/")),
+    "full": full(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_methods_gradient_is_that_of_the_whole_model(name):
+    """Layer by layer, divided over all axes, in two parts: against `apply` to the whole, on one device."""
+    loss, _, params, batch, rules = case("decoder")
+    method, key = METHODS[name], jax.random.key(3)
+    trainable = method.init(params, jax.random.key(1))
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(4), len(leaves))
+    trainable = tree.unflatten([x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+    batch["weights"] = np.asarray(batch.pop("loss_mask"), np.float32)
+
+    def whole(trainable):
+        params_ = method.apply(params, trainable, jax.random.split(key)[0])
+        return loss(lambda part, layer=None: part, params_, batch)
+
+    expected = jax.jit(jax.value_and_grad(whole))(trainable)
+    mesh, shardings = on_mesh("2 x 2 x 2", params, rules)
+    accumulate = 1 if "dropout" in name or name == "gpart" else 2  # each part draws its own dropout
+    compute = jax.jit(sharding.value_and_grad(loss, method, shardings, accumulate))
+    found = compute(
+        sharding.replicate(trainable, mesh), sharding.place(params, shardings), sharding.global_batch(batch, mesh),
+        jax.random.wrap_key_data(sharding.replicate(jax.random.key_data(key), mesh)),
+    )  # fmt: skip
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * max(1, np.abs(b).max()))
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.sampled_from([4, 6, 12]), st.sampled_from([8, 40, 300]),
+    st.sampled_from(["balanced-v1", "splitmix64"]), st.booleans(), st.integers(0, 10),
+)  # fmt: skip
+def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, scheme, transposed, draw):
+    params = {"layers": {"a": {"kernel": np.zeros((layers, 24 * rows, columns), np.float32)},
+                         "b": {"kernel": np.zeros((layers, columns, 12), np.float32)}}}  # fmt: skip
+    layout = canonical_layout(params, stacked="^layers", transposed="kernel$" if transposed else None)
+    partition = make_partition(layout, min(d, layout.size), 7, scheme=scheme)
+    (region,) = partition.regions
+    random = np.random.default_rng(draw)
+    table = jnp.asarray(random.standard_normal((8 if scheme == "balanced-v1" else 1, region.d)), jnp.float32)
+    layer, axis, index = int(random.integers(layers)), int(random.integers(2)), int(random.integers(2))
+    for view in region.views:
+        leaf = view.leaf
+        length = leaf.shape[axis + 1] // 2
+        whole = expand(region, leaf, table)
+        part = jax.jit(lambda n, i: expand(region, leaf, table, n, (axis, i * length, length)))(layer, index)
+        np.testing.assert_array_equal(part, np.split(np.asarray(whole[layer]), 2, axis)[index])
+        np.testing.assert_array_equal(expand(region, leaf, table, layer), whole[layer])
+        # The transpose, exactly, in small integers.
+        cotangent = random.integers(-8, 8, part.shape).astype(np.float32)
+        placed = np.zeros(leaf.shape, np.float32)
+        np.split(placed[layer], 2, axis)[index][...] = cotangent
+        found = jax.jit(lambda g, n, i: contract(region, leaf, g, n, (axis, i * length, length)))(
+            cotangent, layer, index
+        )
+        np.testing.assert_array_equal(found, contract(region, leaf, placed))
+
+
+def test_layers_one_by_one_are_the_whole_dropout_included():
+    _, method, params, *_ = case("decoder")
+    trainable, key = {"theta": jnp.linspace(-1, 1, D)}, jax.random.key(5)
+    whole = method.apply(params, trainable, key)["layers"]
+    adapt = method.bind(params, trainable, key)
+    for number in range(3):
+        one = jax.tree.map(lambda x: x[number], params["layers"])
+        one = jax.jit(lambda x, n: adapt({"layers": x}, layer=n))(one, number)["layers"]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[number], rtol=1e-6), one, whole)
+
+
+@pytest.mark.parametrize("change", [{"stacked": None}, {"scope": "block"}])
+def test_what_cannot_be_adapted_layer_by_layer_says_so(change):
+    _, _, params, *_ = case("decoder")
+    method = gpart(**dict(d=60, targets="query/kernel", stacked="^layers") | change)
+    adapt = method.bind(params, {"theta": jnp.ones(60)})
+    with pytest.raises(ValueError, match="'layers/attention/query/kernel' can't be adapted layer by layer"):
+        adapt({"layers": jax.tree.map(lambda x: x[0], params["layers"])}, layer=0)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"data": 3}, "A mesh of data 3, fsdp 1, tensor 1 doesn't divide 8 devices"),
+        ({"data": 4}, "data 4, fsdp 1, tensor 1 doesn't divide 8 devices: the sizes' product must be their number"),
+        ({"data": -1, "tensor": 3}, "data -1, fsdp 1, tensor 3 doesn't divide 8 devices"),
+        ({"data": -1, "fsdp": -1}, "at most one of them -1"),
+        ({"data": 0}, "must be positive"),
+        ({"model": 8}, "Unknown mesh axis 'model'. The axes are data, fsdp, tensor"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_devices_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(sizes)
+
+
+def test_the_rest_of_the_devices():
+    assert dict(sharding.make_mesh({"data": 2, "fsdp": -1}).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+def test_a_batch_that_does_not_divide_the_mesh_is_refused():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    sharding.check_batch("batch_size", 8, mesh, 2)
+    with pytest.raises(ValueError, match="batch_size = 12 doesn't divide over the mesh: it must be a multiple of 8"):
+        sharding.check_batch("batch_size", 12, mesh, 2)
+    loss, method, params, batch, rules = case("encoder")
+    mesh, shardings = on_mesh("data 8", params, rules)
+    short = {name: rows[:12] for name, rows in batch.items()}
+    with pytest.raises(ValueError, match="The batch = 12 doesn't divide over the mesh"):
+        sharding.value_and_grad(loss, method, shardings)(method.init(params, jax.random.key(0)), params, short)
+
+
+def test_rules_place_what_they_match():
+    _, _, params, _, rules = case("decoder")
+    mesh, shardings = on_mesh("2 x 2 x 2", params, rules)
+    assert shardings["layers"]["attention"]["query"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert shardings["layers"]["mlp"]["down"]["kernel"].spec == P(None, "tensor", "fsdp")
+    assert shardings["norm"]["scale"].spec == P()
+    odd = sharding.param_shardings({"embed": np.zeros((7, 6))}, mesh, [("embed", P("tensor", "fsdp"))])
+    assert odd["embed"].spec == P(None, "fsdp")  # 7 rows don't divide over two
+    tied = {name: part for name, part in params.items() if name != "lm_head"}
+    with pytest.raises(ValueError, match=r"Sharding rule '\^lm_head/' matches no parameter. Paths look like: 'embed/"):
+        sharding.param_shardings(tied, mesh, sharding.DECODER)
+    with pytest.raises(ValueError, match=r"has more axes than 'norm/scale', of shape \(64,\)"):
+        sharding.param_shardings(params, mesh, [("norm/scale", P("fsdp", "tensor"))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    "processes, tensor, parts",  # of each process, its part of a batch
+    [([0] * 4 + [1] * 4, 1, {0: (0, 2), 1: (1, 2)}), ([0] * 4 + [1] * 4, 8, {0: (0, 1), 1: (0, 1)}),
+     ([0, 0, 1, 1, 2, 2, 3, 3], 4, {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)})],
+)  # fmt: skip
+def test_processes_that_share_rows_feed_the_same_part(monkeypatch, processes, tensor, parts):
+    class Mesh:
+        devices = np.array([Device(index) for index in processes], object).reshape(-1, 1, tensor)
+        shape = {"tensor": tensor}
+
+    for process, part in parts.items():
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.data_part(Mesh) == part
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    Mesh.devices = np.array([Device(index) for index in (0, 1, 0, 1)], object).reshape(4, 1, 1)
+    Mesh.shape = {"tensor": 1}
+    with pytest.raises(ValueError, match="no contiguous rows"):
+        sharding.data_part(Mesh)
