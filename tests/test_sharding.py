@@ -275,3 +275,22 @@ def test_processes_that_share_rows_feed_the_same_part(monkeypatch, processes, te
     Mesh.shape = {"tensor": 1}
     with pytest.raises(ValueError, match="no contiguous rows"):
         sharding.data_part(Mesh)
+
+
+def test_memory_does_not_grow_by_a_second_copy_of_the_model():
+    """Eight more layers cost their activations; adapted copies of their weights would be 8 MiB more."""
+    sizes = {}
+    for layers in (2, 10):
+        config = dataclasses.replace(
+            DECODER, hidden_size=256, num_layers=layers, num_heads=4, num_kv_heads=4, head_dim=64
+        )
+        model = Decoder(config)
+        tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+        method = gpart(D, 1, targets="(query|key|value|out)/kernel", stacked="^layers")
+        shardings = sharding.param_shardings(params, sharding.make_mesh({"data": 8}), sharding.DECODER)
+        compute = sharding.value_and_grad(make_language_loss(model), method, shardings)
+        batch = dict.fromkeys(("input_ids", "attention_mask"), tokens) | {"weights": tokens}
+        trainable = jax.eval_shape(method.init, params, jax.random.key(0))
+        sizes[layers] = jax.jit(compute).lower(trainable, params, batch).compile().memory_analysis().temp_size_in_bytes
+    assert sizes[10] - sizes[2] < 2**20, sizes
