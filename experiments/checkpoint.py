@@ -4,7 +4,6 @@ import json
 import pathlib
 import signal
 
-import grain.checkpoint
 import jax
 import ml_collections
 import numpy as np
@@ -16,7 +15,7 @@ from experiments.processes import is_writer
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes `workdir` this config's own. One where nothing was saved yet may be claimed anew.
+    """Makes `workdir` this config's own. One where nothing was saved yet may be claimed anew, and any by another mesh.
 
     Raises:
       ValueError: it holds what a run with another config saved; nothing in it is touched.
@@ -32,7 +31,7 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
         differences = [
             f"config.{key} is {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
             for key in sorted(there.keys() | here.keys())
-            if there.get(key, "absent") != here.get(key, "absent")
+            if there.get(key, "absent") != here.get(key, "absent") and not key.startswith("mesh.")
         ]
         if differences:
             raise ValueError(
@@ -68,7 +67,7 @@ class Checkpoints:
         """Saves in the background. The arrays are copied first, since the next step donates them."""
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(np.array, state)),
-            data=grain.checkpoint.CheckpointSave(batches),
+            data=ocp.args.JsonSave(batches.get_state()),  # the same in every process, however many there are
         )
         if not self._manager.save(state["step"], args=args):
             raise RuntimeError(
@@ -89,10 +88,12 @@ class Checkpoints:
             return state
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(np.array, state)),
-            data=grain.checkpoint.CheckpointRestore(batches),
+            data=ocp.args.JsonRestore(),
         )
         try:
-            return self._manager.restore(step, args=args)["state"]
+            saved = self._manager.restore(step, args=args)
+            batches.set_state(saved["data"])
+            return saved["state"]
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise ValueError(
                 f"Checkpoint {self._directory / str(step)} is damaged, or another version of this code wrote it ({error}). "

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import evaluate, report
+from experiments.checkpoint import Interrupt
 from experiments.train import train
 from gpart_jax import load_adapter, sharding
 
@@ -175,6 +176,20 @@ def test_a_workdir_in_which_nothing_was_saved_can_be_claimed_anew(config, tmp_pa
     config.method.d = 256
     config.train.epochs = 1
     assert train(config, tmp_path)["steps"] == STEPS // 2
+
+
+def test_a_run_may_go_on_with_another_mesh_and_number_of_devices(config, tmp_path):
+    config.train.epochs = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interrupt, "requested", lambda self, step: "SIGTERM" if step == 70 else None)
+        with pytest.raises(SystemExit):
+            train(config, tmp_path, jax.devices()[:1])
+    config.mesh.data, config.mesh.fsdp = 2, 2
+    with pytest.MonkeyPatch.context() as patch:
+        steps = []
+        patch.setattr(Interrupt, "requested", lambda self, step: steps.append(step))
+        assert train(config, tmp_path, jax.devices()[:4])["device"] == "4 x cpu"
+    assert steps == list(range(71, STEPS // 2 + 1))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(undisturbed, config, tmp_path):
