@@ -95,8 +95,9 @@ def bind(
       partition: of the whole model.
       theta: (d,); with `split`, (T, d): a copy for each of the T devices along the mesh axis "tensor".
       dropout, key: as in `gpart_transform`. Each layer of a stacked leaf has a mask of its own.
-      split: for each targeted path the axis along which "tensor" divides the leaf, or None. Each device then makes its own part from its own copy of theta, and its copy's gradient from its own part: nothing is
-        communicated, and the copies' gradients are yet to be summed.
+      split: for each targeted path the axis along which "tensor" divides the leaf, or None. Each device then makes its own
+        part from its own copy of theta, and its copy's gradient from its own part: nothing is communicated, and the copies'
+        gradients are yet to be summed.
     """
     if theta.shape[-1] != partition.d:
         raise ValueError(f"theta has shape {theta.shape}, but the partition has d = {partition.d}.")
@@ -124,7 +125,10 @@ def bind(
             if split is None:
                 part = _delta(region, view.leaf, table, layer)
             else:
-                part = _delta_on_mesh(region, view.leaf, split[path], table, layer)
+                axis = split[path]
+                if axis is not None and view.layer is not None:  # the view is one layer
+                    axis -= 1
+                part = _delta_on_mesh(region, view.leaf, axis, table, layer)
             if mask_key is not None:
                 part = _drop_leaf(part, dropout, mask_key, view.leaf.stacked, layer)
             parts[view.layer] = part

@@ -154,6 +154,24 @@ def test_every_methods_gradient_is_that_of_the_whole_model(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * max(1, np.abs(b).max()))
 
 
+def test_blocks_of_a_stacked_leaf_are_divided_too():
+    params = {"layers": {"w": np.random.default_rng(0).standard_normal((3, 8, 16), np.float32)}}
+    method = gpart(30, 1, scope="block", stacked="^layers")
+    trainable = {"theta": jnp.linspace(-1, 1, 30)}
+    batch = {"x": np.random.default_rng(1).standard_normal((8, 8), np.float32)}
+
+    def loss(adapt, frozen, batch, key):
+        return jnp.square(jnp.einsum("bi,lio->bo", batch["x"], adapt(frozen)["layers"]["w"])).mean()
+
+    expected = jax.grad(lambda t: loss(method.bind(params, t), params, batch, None))(trainable)
+    mesh, shardings = on_mesh("2 x 2 x 2", params, [("w", P(None, "fsdp", "tensor"))])
+    compute = jax.jit(sharding.value_and_grad(loss, method, shardings))
+    _, found = compute(
+        sharding.replicate(trainable, mesh), sharding.place(params, shardings), sharding.global_batch(batch, mesh)
+    )
+    np.testing.assert_allclose(found["theta"], expected["theta"], rtol=1e-4, atol=1e-5)
+
+
 @given(
     st.integers(1, 4), st.integers(1, 4), st.sampled_from([4, 6, 12]), st.sampled_from([8, 40, 300]),
     st.sampled_from(["balanced-v1", "splitmix64"]), st.booleans(), st.integers(0, 10),
