@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from experiments import processes
 from experiments.train import train
+from tests import test_sharding
 from tests.experiments.test_train import last_step, logged
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -59,6 +61,44 @@ def test_two_processes_train_as_one_device_does(undisturbed, make_config, tmp_pa
         np.testing.assert_allclose(theirs[name], ours[name], atol=2e-4)
     losses = [[row["loss"] for row in logged(workdir) if "loss" in row] for workdir in (tmp_path, undisturbed)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+DECODER = """
+import sys
+import numpy as np
+from experiments import processes
+processes.join(timeout=60)
+from tests.test_sharding import prepared, ten_steps
+step, arguments = prepared("decoder", "2 x 2 x 2")
+losses, trained = ten_steps(step, *arguments)
+if processes.is_writer():
+    np.savez(sys.argv[1], losses=losses, theta=trained["theta"])
+processes.barrier("done")
+"""
+
+
+def test_a_decoder_in_two_processes_trains_as_on_one_device(tmp_path):
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "4", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", DECODER, tmp_path / "result.npz"], cwd=ROOT, env=environment | {"JAX_PROCESS_ID": n},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for n in "01"
+    ]  # fmt: skip
+    for process in started:
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error
+    step, arguments = test_sharding.prepared("decoder", "one")
+    losses, trained = test_sharding.ten_steps(step, *arguments)
+    result = np.load(tmp_path / "result.npz")
+    np.testing.assert_allclose(result["losses"], losses, rtol=2e-6)
+    np.testing.assert_allclose(result["theta"], trained["theta"], atol=2e-5)
 
 
 def test_a_process_is_killed_and_the_run_ends_with_the_same_theta(undisturbed, tiny_model, tmp_path):
