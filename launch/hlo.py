@@ -94,6 +94,9 @@ def collectives(text: str) -> list[Collective]:
 def _group(line: str) -> int | None:
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):  # groups, devices in each
         return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):  # from jax 0.11 on: 'data'=4,... and axes
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return match[1].count(",") + 1
     if match := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
