@@ -1,8 +1,13 @@
 """What a run keeps so that it may be killed at any step: its config, its state, the position in its data."""
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import signal
+import socket
+import typing
 
 import jax
 import ml_collections
@@ -14,33 +19,67 @@ from jax.experimental import multihost_utils
 from experiments.processes import is_writer
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes `workdir` this config's own. One where nothing was saved yet may be claimed anew, and any by another mesh.
+@contextlib.contextmanager
+def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path):
+    """Within it `workdir` is this config's and this process's own; no other run may go on in it meanwhile.
+
+    A workdir where nothing was saved yet may be claimed anew, and any by another mesh.
 
     Raises:
-      ValueError: it holds what a run with another config saved; nothing in it is touched.
+      ValueError: it holds what a run with another config saved, or another process is running in it; nothing of theirs is
+        touched.
     """
-    path = workdir / "config.json"
-    if not is_writer():
-        return
-    mine = json.loads(config.to_json())
-    if (workdir / "results.json").exists() or any((workdir / "checkpoints").glob("[0-9]*")):
-        if not path.exists():
-            raise ValueError(f"{workdir} has checkpoints but no config.json to say whose. Choose another workdir.")
-        here, there = flatten(mine), flatten(json.loads(path.read_text()))
-        differences = [
-            f"config.{key} is {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
-            for key in sorted(there.keys() | here.keys())
-            if there.get(key, "absent") != here.get(key, "absent") and not key.startswith("mesh.")
-        ]
-        if differences:
-            raise ValueError(
-                f"{workdir} holds another experiment: {'; '.join(differences)}. "
-                f"Choose another workdir, or give the same config to go on with that run."
-            )
+    if not is_writer() or (workdir / "results.json").exists():  # a finished run is only read
+        check_workdir(config, workdir)
+        yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, mine)
+    with (workdir / ".lock").open("a+") as lock:  # unlocked as it is closed, also by the death of the process
+        _lock(lock, workdir)
+        check_workdir(config, workdir)
+        if not _has_saved(workdir):
+            write_json(workdir / "config.json", json.loads(config.to_json()))
+        yield
+
+
+def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises a ValueError if `workdir` holds what a run with another config saved."""
+    if not _has_saved(workdir):
+        return
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} has checkpoints but no config.json to say whose. Choose another workdir.")
+    here, there = flatten(json.loads(config.to_json())), flatten(json.loads(path.read_text()))
+    differences = [
+        f"config.{key} is {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key, "absent") != here.get(key, "absent") and not key.startswith("mesh.")
+    ]
+    if differences:
+        raise ValueError(
+            f"{workdir} holds another experiment: {'; '.join(differences)}. "
+            f"Choose another workdir, or give the same config to go on with that run."
+        )
+
+
+def _has_saved(workdir: pathlib.Path) -> bool:
+    return (workdir / "results.json").exists() or any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def _lock(lock: typing.TextIO, workdir: pathlib.Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(
+            f"{workdir} is in use by another run, process {lock.read().strip()}. "
+            f"Wait until it ends, stop it (it saves a checkpoint on SIGTERM), or choose another workdir."
+        ) from None
+    except OSError as error:  # some cluster file systems have no locks
+        logging.warning("%s cannot be locked (%s). Start no second run in it.", workdir, error)
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
 
 
 def write_json(path: pathlib.Path, content) -> None:

@@ -31,7 +31,7 @@ from experiments.optimizer import make_optimizer
 from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_train_step
 from gpart_jax import load_adapter, save_adapter, sharding
-from gpart_jax.methods import from_spec, trained_numbers
+from gpart_jax.methods import Method, from_spec, trained_numbers
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Sequence | None = None) -> dict:
@@ -46,7 +46,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
       The results, as written to `workdir/results.json`.
 
     Raises:
-      ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config.
+      ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config, or is in use.
       FloatingPointError: the loss is no longer finite.
       SystemExit: with code 143, after a checkpoint was saved because of SIGTERM or Ctrl-C.
     """
@@ -54,7 +54,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
     method = from_spec(config.method.to_dict(), config.head_targets)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     sharding.check_batch("config.train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
-    claim_workdir(config, workdir)
+    with claim_workdir(config, workdir):
+        return _train(config, workdir, method, mesh)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Method, mesh: jax.sharding.Mesh) -> dict:
     barrier("claim_workdir")
     if (workdir / "results.json").exists():
         print(f"{workdir} is finished; see its results.json.")
@@ -84,10 +88,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
     shardings = sharding.param_shardings(params, mesh, rules)
     frozen = sharding.place(params, shardings)
     train_step = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
-    adapt = jax.jit(method.apply, out_shardings=shardings)
+    tables = sharding.replicate(method.tables(params), mesh)
+    adapt = jax.jit(lambda params, *rest: method.bind(params, *rest)(params), out_shardings=shardings)
 
     def score(examples, trainable) -> tuple[dict[str, float], np.ndarray]:
-        adapted = adapt(frozen, sharding.replicate(trainable, mesh))
+        adapted = adapt(frozen, sharding.replicate(trainable, mesh), None, False, tables)
         logits = evaluate.predict(experiment, adapted, examples, config.train.eval_batch_size)
         return evaluate.score(task, examples, logits), logits
 
@@ -96,8 +101,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
         step = int(state["step"])
         state |= sharding.replicate({name: state[name] for name in ("trainable", "optimizer", "key")}, mesh)
         with Logger(workdir, config.method.name, step, total_steps) as logger:
-            if step:
-                logger.say(f"goes on after step {step} of {total_steps}")
+            logger.say(f"{'goes on after' if step else 'starts at'} step {step} of {total_steps}")
             watch, losses = Stopwatch(), []
             while step < total_steps:
                 state["trainable"], state["optimizer"], loss = train_step(
@@ -107,6 +111,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
                     sharding.global_batch(next(batches), mesh),
                     state["key"],
                     step,
+                    tables,
                 )
                 step += 1
                 losses.append(loss)
