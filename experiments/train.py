@@ -88,11 +88,10 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
     shardings = sharding.param_shardings(params, mesh, rules)
     frozen = sharding.place(params, shardings)
     train_step = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
-    tables = sharding.replicate(method.tables(params), mesh)
-    adapt = jax.jit(lambda params, *rest: method.bind(params, *rest)(params), out_shardings=shardings)
+    adapt = jax.jit(method.apply, out_shardings=shardings)
 
     def score(examples, trainable) -> tuple[dict[str, float], np.ndarray]:
-        adapted = adapt(frozen, sharding.replicate(trainable, mesh), None, False, tables)
+        adapted = adapt(frozen, sharding.replicate(trainable, mesh))
         logits = evaluate.predict(experiment, adapted, examples, config.train.eval_batch_size)
         return evaluate.score(task, examples, logits), logits
 
@@ -111,7 +110,6 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
                     sharding.global_batch(next(batches), mesh),
                     state["key"],
                     step,
-                    tables,
                 )
                 step += 1
                 losses.append(loss)
