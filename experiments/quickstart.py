@@ -10,7 +10,7 @@ import pathlib
 from absl import app, flags
 
 from configs import quickstart
-from experiments import report
+from experiments import plots, report
 from experiments.logger import quiet
 from experiments.train import train
 
@@ -23,7 +23,7 @@ def main(_):
     results = [train(quickstart.get_config(method), workdir / method) for method in METHODS]
     report.print_table(results)
     picture = workdir / "quickstart.png"
-    report.draw([workdir / method for method in METHODS], picture)
+    plots.draw([workdir / method for method in METHODS], picture)
     print(f"Picture: {picture}")
 
 

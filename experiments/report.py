@@ -1,35 +1,45 @@
-"""Finished runs as tables and a picture.
+"""Finished runs as tables.
 
-python -m experiments.report --workdir=runs/glue     all finished runs under a folder: a Markdown table for each model
+python -m experiments.report --workdir=runs/glue                     all finished runs under a folder, in Markdown
+python -m experiments.report --workdir=runs/glue --out=docs/glue     and as table.md, table.csv, table.tex, pictures
 """
 
 import collections
+import csv
 import json
 import pathlib
 import statistics
 from typing import NamedTuple
 
-import matplotlib
+import rich.console
+import rich.table
+from absl import app, flags
 
-matplotlib.use("Agg")  # files only: no display is needed
+from experiments import plots
+from experiments.checkpoint import flatten
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import rich.console  # noqa: E402
-import rich.table  # noqa: E402
-from absl import app, flags  # noqa: E402
-
-from experiments.checkpoint import flatten  # noqa: E402
-
-COLORS = {"gpart": "#0b6e4f", "lora": "#c1666b", "head": "#7d8597", "full": "#3d405b"}
 PUBLISHED = pathlib.Path(__file__).parent / "published.json"
-FREE = {"seed", "method.seed", "task.data_dir"}  # what the runs of one cell may differ in
+SIZES = {"gpart": "d", "uni_lora": "d", "fastfood": "d", "lora": "rank", "vera": "rank"}  # what a method's size is
+FREE = {  # what the runs of one cell may differ in
+    "seed", "method.seed", "task.data_dir", "mesh.data", "mesh.fsdp", "mesh.tensor",
+}  # fmt: skip
 
 
 class Run(NamedTuple):
     workdir: pathlib.Path
     config: dict  # flat: {"method.d": 23040, ...}
     results: dict
+
+
+class Row(NamedTuple):
+    """The runs of one method at one size and, where they differ in more than their seeds, of one variant."""
+
+    label: str  # gpart, d = 23,040, scheme = splitmix64
+    line: str  # the same without the size
+    method: str
+    size: int | None
+    variant: dict  # {"method.scheme": "splitmix64"}
+    cells: dict[tuple[str, str], list[Run]]  # by task and metric; one run a seed
 
 
 def find_runs(workdir: pathlib.Path) -> list[Run]:
@@ -49,8 +59,45 @@ def find_runs(workdir: pathlib.Path) -> list[Run]:
 
 def label(method: dict, form: str = "{}, {} = {:,}") -> str:
     """What to call a method: its name and its size."""
-    size = {"gpart": "d", "lora": "rank"}.get(method["name"])
+    size = SIZES.get(method["name"])
     return form.format(method["name"], size[0], method[size]) if size else method["name"]
+
+
+def rows(runs: list[Run]) -> list[Row]:
+    """The rows of one model's table, by method, then by size, then by variant.
+
+    A variant names each config field in which two runs of this method differ that have the same size and task.
+
+    Raises:
+      ValueError: two runs that differ in nothing else have the same seed.
+    """
+    comparable, fields = collections.defaultdict(list), collections.defaultdict(set)
+    for run in runs:
+        comparable[label(_method(run)), run.results["task"]].append(run)
+    for group in comparable.values():
+        fields[group[0].results["method"]] |= _differing(group)
+
+    found = {}
+    for run in runs:
+        name, spec = run.results["method"], _method(run)
+        variant = {field: run.config.get(field) for field in sorted(fields[name] - FREE)}
+        shown = [f"{field.removeprefix('method.')} = {_plain(value)}" for field, value in variant.items()]
+        title, line = (", ".join([start, *shown]) for start in (label(spec), name))
+        row = Row(title, line, name, spec.get(SIZES.get(name)), variant, collections.defaultdict(list))
+        found.setdefault(title, row).cells[run.results["task"], run.results["metric"]].append(run)
+    for row in found.values():
+        for group in row.cells.values():
+            group.sort(key=lambda run: run.results["seed"])
+            seeds = [run.results["seed"] for run in group]
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"Two runs beside {group[0].workdir} have the same seed (seeds {seeds}). Remove one.")
+    return sorted(found.values(), key=lambda row: (row.method, row.size or 0, *map(_order, row.variant.values())))
+
+
+def by_model(runs: list[Run]) -> dict[str, list[Row]]:
+    """The rows of each model."""
+    models = sorted({run.config["model.source"] for run in runs})
+    return {model: rows([run for run in runs if run.config["model.source"] == model]) for model in models}
 
 
 def markdown(runs: list[Run]) -> str:
@@ -59,64 +106,134 @@ def markdown(runs: list[Run]) -> str:
     A cell is the median over seeds, with mean, standard deviation (n - 1) and the seeds, in percent.
 
     Raises:
-      ValueError: two runs of a cell differ in more than their seeds, or have the same seed.
+      ValueError: two runs that differ in nothing else have the same seed.
     """
-    published, sources, tables = json.loads(PUBLISHED.read_text()), [], []
-    for model in sorted({run.config["model.source"] for run in runs}):
-        cells = collections.defaultdict(list)
-        for run in runs:
-            if run.config["model.source"] == model:
-                spec = {key.removeprefix("method."): value for key, value in run.config.items() if "method." in key}
-                cells[label(spec), (run.results["task"], run.results["metric"])].append(run)
-        rows, columns = sorted({row for row, _ in cells}), sorted({column for _, column in cells})
-        lines = [f"**{model}**", ""]
-        lines.append(
-            "| method |"
-            + "".join(f" {task.removeprefix('glue/')}, {metric} (%) | published |" for task, metric in columns)
+    tables, notes = _tables(runs)
+    texts = []
+    for model, (header, *lines) in tables.items():
+        ruler = "|---|" + "---:|" * (len(header) - 1)
+        header, *lines = [
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (header, *lines)
+        ]
+        texts.append("\n".join([f"**{model}**", "", header, ruler, *lines]))
+    return "\n\n".join([*texts, "\n".join(notes)] if notes else texts) + "\n"
+
+
+def latex(runs: list[Run]) -> str:
+    """The tables of `markdown` for LaTeX's booktabs."""
+    tables, notes = _tables(runs)
+    texts = []
+    for model, (header, *lines) in tables.items():
+        header, *lines = [" & ".join(map(_tex, line)) + r" \\" for line in (header, *lines)]
+        columns = "l" + "r" * header.count(" & ")
+        caption = rf"\caption{{{_tex(' '.join([f'{model}: median over seeds.', *notes]))}}}"
+        texts.append(
+            "\n".join(
+                [
+                    r"\begin{table}",
+                    r"\centering",
+                    caption,
+                    rf"\begin{{tabular}}{{{columns}}}",
+                    r"\toprule",
+                    header,
+                    r"\midrule",
+                    *lines,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                    r"\end{table}",
+                ]
+            )  # fmt: skip
         )
-        lines.append("|---|" + "---:|---:|" * len(columns))
-        for row in rows:
-            line = f"| {row} |"
+    return "\n\n".join(texts) + "\n"
+
+
+def write_csv(runs: list[Run], path: pathlib.Path) -> None:
+    """One row a run: its results as plain numbers, and each config field in which any two of the runs differ."""
+    fields = sorted(_differing(runs) | {"model.source"})
+    lines = [
+        {"workdir": run.workdir} | {f"config.{field}": run.config.get(field) for field in fields} | flatten(run.results)
+        for run in runs
+    ]
+    header = list(dict.fromkeys(name for line in lines for name in line))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _tables(runs: list[Run]) -> tuple[dict[str, list[list[str]]], list[str]]:
+    """Each model's table as lines of cells, the first the header; and the sources of the published figures in them."""
+    published, sources, tables = json.loads(PUBLISHED.read_text()), [], {}
+    for model, found in by_model(runs).items():
+        columns = sorted({column for row in found for column in row.cells})
+        titles = [(f"{task.removeprefix('glue/')}, {metric} (%)", "published") for task, metric in columns]
+        lines = [["method", "trained numbers", "adapter bytes", *(title for pair in titles for title in pair)]]
+        for row in found:
+            mine = [run.results for group in row.cells.values() for run in group]
+            sizes = [_range([results[name] for results in mine]) for name in ("trained_numbers", "adapter_bytes")]
+            line = [row.label, *sizes]
             for column in columns:
-                group = cells.get((row, column), [])
-                known = _published(group, published)
+                group = row.cells.get(column, [])
+                known = _published(row, group, published)
                 if known and known["source"] not in sources:
                     sources.append(known["source"])
                 theirs = f"{100 * known['test']:.1f} [{sources.index(known['source']) + 1}]" if known else ""
-                line += f" {_cell(group)} | {theirs} |"
+                line += [_cell(group), theirs]
             lines.append(line)
-        tables.append("\n".join(lines))
-    notes = "\n".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
-    return "\n\n".join([*tables, notes] if notes else tables) + "\n"
+        tables[model] = lines
+    return tables, [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
+
+
+def _method(run: Run) -> dict:
+    return {key.removeprefix("method."): value for key, value in run.config.items() if key.startswith("method.")}
+
+
+def _differing(runs: list[Run]) -> set[str]:
+    """The config fields that aren't the same in all runs."""
+    first = runs[0].config
+    return {
+        field for run in runs for field in first.keys() | run.config.keys() if first.get(field) != run.config.get(field)
+    }
+
+
+def _plain(value) -> str:
+    return f"{value:,}" if type(value) is int else "default" if value is None else str(value)
+
+
+def _order(value) -> tuple:
+    """Numbers as numbers, before everything else."""
+    return (0, value) if isinstance(value, int | float) else (1, str(value))
+
+
+def _range(values: list[int]) -> str:
+    """A head's outputs, and with them the trained numbers, differ from task to task."""
+    return "–".join(f"{value:,}" for value in sorted({min(values), max(values)}))
 
 
 def _cell(group: list[Run]) -> str:
     if not group:
         return ""
-    first, seeds = group[0], sorted(run.results["seed"] for run in group)
-    for run in group[1:]:
-        for key in sorted((first.config.keys() | run.config.keys()) - FREE):
-            mine, other = run.config.get(key), first.config.get(key)
-            if mine != other:
-                raise ValueError(
-                    f"{run.workdir} and {first.workdir} would share a cell, but config.{key} is {mine!r} in one and "
-                    f"{other!r} in the other. Report them from different folders."
-                )
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"Two runs beside {first.workdir} have the same seed (seeds {seeds}). Remove one.")
-    values = [100 * run.results["test"] for run in group]
-    median, mean = statistics.median(values), statistics.mean(values)
+    seeds, values = [str(run.results["seed"]) for run in group], [100 * run.results["test"] for run in group]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return (
-        f"{median:.1f} (mean {mean:.1f}{spread}; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))})"
+        f"{statistics.median(values):.1f} "
+        f"(mean {statistics.mean(values):.1f}{spread}; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)})"
     )
 
 
-def _published(group: list[Run], published: list[dict]) -> dict | None:
+def _published(row: Row, group: list[Run], published: list[dict]) -> dict | None:
+    """The figure of the same experiment; where the row is one of several variants, only one that names which."""
     for known in published:
-        if group and known["config"].items() <= group[0].config.items():
+        named = known["config"]
+        if group and named.items() <= group[0].config.items() and row.variant.keys() <= named.keys():
             return known
     return None
+
+
+def _tex(text: str) -> str:
+    special = {character: "\\" + character for character in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$", "|": r"\textbar{}", "–": "--"}
+    return text.translate(str.maketrans(special))
 
 
 def print_table(results: list[dict]) -> None:
@@ -133,65 +250,21 @@ def print_table(results: list[dict]) -> None:
     rich.console.Console().print(table)
 
 
-def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
-    """Draws training losses, accuracy against size, and (for the first run) each test word's rating against its logit."""
-    runs = [
-        (
-            json.loads((workdir / "results.json").read_text()),
-            [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()],
-        )
-        for workdir in workdirs
-    ]
-    figure, (curves, sizes, words) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for results, metrics in runs:
-        name, color = results["method"], COLORS[results["method"]]
-        points = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
-        curves.plot(*zip(*points), "-", color=color)
-        curves.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center")
-        sizes.plot(results["adapter_bytes"], 100 * results["test"], "o", color=color, markersize=10)
-        sizes.annotate(
-            f"{name}\n{results['trained_numbers']:,} numbers",
-            (results["adapter_bytes"], 100 * results["test"]),
-            xytext=(0, 12), textcoords="offset points", color=color, ha="center",
-        )  # fmt: skip
-    metric = runs[0][0]["metric"]
-    curves.set(xlabel="step", ylabel="training loss", title="While training")
-    curves.margins(x=0.12)
-    sizes.set(xlabel="adapter on disk (bytes)", ylabel=f"test {metric} (%)", title="For its size", xscale="log")
-    sizes.margins(x=0.3, y=0.3)
-    _draw_words(words, workdirs[0], runs[0][0])
-    for axes in (curves, sizes, words):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_words(axes, workdir: pathlib.Path, results: dict) -> None:
-    rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
-    rating = np.array([row["rating"] for row in rows])
-    margin = np.array([row["logits"][1] - row["logits"][0] for row in rows])
-    right = np.array([row["label"] == row["prediction"] for row in rows])
-    axes.scatter(rating[right], margin[right], s=9, alpha=0.35, color=COLORS[results["method"]], linewidths=0)
-    axes.scatter(rating[~right], margin[~right], s=9, alpha=0.7, color="#c44536", linewidths=0)
-    axes.axhline(0, color="black", linewidth=0.7)
-    axes.axvline(0, color="black", linewidth=0.7)
-    wrong = np.where(right, 0, margin)
-    for row in (margin.argmax(), margin.argmin(), wrong.argmax(), wrong.argmin()):
-        axes.annotate(
-            rows[row]["text"], (rating[row], margin[row]), fontsize=8, xytext=(4, 3), textcoords="offset points"
-        )
-    axes.set(
-        xlabel="people's mean rating (its sign is the label)",
-        ylabel="logit of positive minus negative",
-        title=f"{len(rows):,} test words, {results['method']}: {np.count_nonzero(~right)} wrong (red)",
-    )
-
-
 def main(_):
-    print(markdown(find_runs(pathlib.Path(flags.FLAGS.workdir))))
+    runs = find_runs(pathlib.Path(flags.FLAGS.workdir))
+    print(markdown(runs))
+    if flags.FLAGS.out:
+        out = pathlib.Path(flags.FLAGS.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "table.md").write_text(markdown(runs))
+        (out / "table.tex").write_text(latex(runs))
+        write_csv(runs, out / "table.csv")
+        for model, found in by_model(runs).items():
+            plots.pictures(pathlib.Path(model).name, found, out)
+        print(f"Tables and pictures: {out}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder that holds the folders of finished runs.", required=True)
+    flags.DEFINE_string("out", None, "Folder for the tables and pictures; none are written without it.")
     app.run(main)

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import evaluate, report
+from experiments import evaluate, plots, report
 from experiments.checkpoint import Interrupt
 from experiments.train import train
 from gpart_jax import load_adapter, sharding
@@ -259,7 +259,7 @@ def test_the_comparison_draws_its_table_and_its_picture(make_config, tmp_path, c
         assert (
             row["method"] in table and f"{row['trained_numbers']:,}" in table and f"{100 * row['test']:.1f} %" in table
         )
-    report.draw(workdirs, tmp_path / "picture.png")
+    plots.draw(workdirs, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 

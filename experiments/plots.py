@@ -1,0 +1,178 @@
+"""Pictures of finished runs, from what lies on disk. report.py finds the runs and has them drawn."""
+
+import json
+import pathlib
+import statistics
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+from scipy.optimize import isotonic_regression  # noqa: E402
+from scipy.stats import norm  # noqa: E402
+
+COLORS = {
+    "gpart": "#0b6e4f", "uni_lora": "#2f6690", "fastfood": "#d98e04", "lora": "#c1666b", "vera": "#7b4b94",
+    "bitfit": "#8a5a44", "head": "#7d8597", "full": "#3d405b",
+}  # fmt: skip
+OVER_D = ("gpart", "uni_lora", "fastfood")  # methods with a free d
+MARKERS = "os^Dv*"  # of a method's variants
+
+
+def pictures(model: str, rows: list, out: pathlib.Path) -> None:
+    """Draws what one model's rows (report.Row) have the runs for.
+
+    <metric>-over-d-<task>-<model>.png for each task with a method at two or more d; theta-<model>.png of the median run
+    of the GPart cell with most seeds, and then highest d.
+    """
+    for column in sorted({column for row in rows for column in row.cells}):
+        sizes = [(row.line, row.size) for row in rows if row.method in OVER_D and column in row.cells]
+        if len(sizes) > len(dict(sizes)):
+            task, metric = column
+            draw_over_d(rows, column, out / f"{metric}-over-d-{task.replace('/', '-')}-{model}.png")
+    groups = [(row, group) for row in rows if row.method == "gpart" for group in row.cells.values()]
+    if groups:
+        row, group = max(groups, key=lambda pair: (len(pair[1]), pair[0].size))
+        median = sorted(group, key=lambda run: run.results["test"])[(len(group) - 1) // 2]
+        draw_theta(median, row.label, out / f"theta-{model}.png")
+
+
+def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None:
+    """Draws a task's metric over d: a line for each method and variant with several d, dashed lines for all other rows.
+
+    Args:
+      rows: of one model (report.Row).
+      column: task and metric.
+      path: of the PNG.
+    """
+    lines, ends = {}, []
+    for row in rows:
+        if column in row.cells:
+            lines.setdefault(row.line if row.method in OVER_D else row.label, []).append(row)
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    variants = dict.fromkeys(COLORS, 0)
+    for line, points in lines.items():
+        method, color = points[0].method, COLORS[points[0].method]
+        values = [[100 * run.results["test"] for run in row.cells[column]] for row in points]
+        medians = [statistics.median(seeds) for seeds in values]
+        if len(points) > 1:
+            below = [median - min(seeds) for median, seeds in zip(medians, values)]
+            above = [max(seeds) - median for median, seeds in zip(medians, values)]
+            marker = MARKERS[variants[method] % len(MARKERS)]
+            variants[method] += 1
+            axes.errorbar([row.size for row in points], medians, [below, above], color=color, marker=marker, capsize=4)
+            ends.append((medians[-1], line, color))
+        else:
+            axes.axhline(medians[0], color=color, linestyle="--", linewidth=1)
+            numbers = points[0].cells[column][0].results["trained_numbers"]
+            ends.append((medians[0], f"{points[0].label}\n({numbers:,} numbers)", color))
+    ticks = sorted({row.size for points in lines.values() if len(points) > 1 for row in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{d:,}" for d in ticks])
+    axes.minorticks_off()
+    task, metric = column
+    axes.set(xlabel="d", ylabel=f"test {metric} (%)", title=f"{task}: median over seeds, bars from lowest to highest")
+    _tidy(axes)
+    _label_ends(axes, ends)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _label_ends(axes, ends: list[tuple[float, str, str]]) -> None:
+    """Writes each (height, text, color) to the right of the axes, as near to its height as the other texts allow."""
+    ends = sorted(ends)
+    low, high = axes.get_ylim()
+    tall = np.array([0.05 * (high - low) * (1 + text.count("\n")) for _, text, _ in ends])
+    stacked = np.cumsum(tall) - tall / 2  # the middles, if all stood on one another
+    middles = isotonic_regression([height for height, _, _ in ends] - stacked).x + stacked
+    for (height, text, color), middle in zip(ends, middles):
+        axes.annotate(
+            text, (1, height), (1.04, middle), axes.get_yaxis_transform(), color=color, va="center", fontsize=9,
+            arrowprops=dict(arrowstyle="-", color=color, linewidth=0.7, relpos=(0, 0.5)), annotation_clip=False,
+        )  # fmt: skip
+
+
+def draw_theta(run, title: str, path: pathlib.Path) -> None:
+    """Draws the histogram of a GPart run's theta, with the normal curve of the same mean and standard deviation."""
+    theta = load_file(run.workdir / "adapter.safetensors")["theta"].astype(np.float64)
+    mean, deviation = theta.mean(), theta.std()
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    axes.hist(theta, bins=min(80, max(10, len(theta) // 20)), density=True, color=COLORS["gpart"], alpha=0.5)
+    at = np.linspace(theta.min(), theta.max(), 300)
+    axes.plot(at, norm.pdf(at, mean, deviation), color="black", linewidth=1.2)
+    axes.annotate(
+        f"normal curve\nmean {mean:.2g}\nsd {deviation:.3g}",
+        (0.97, 0.95),
+        xycoords="axes fraction",
+        ha="right",
+        va="top",
+    )
+    length = f"‖theta‖ = {np.linalg.norm(theta):.3g}"
+    if run.config.get("method.isometric", True):
+        length += ": how far the adapted weights moved"
+    axes.set(xlabel="an entry of theta", ylabel="density", title=f"{title}, seed {run.results['seed']}\n{length}")
+    _tidy(axes)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _tidy(axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
+    """Draws training losses, accuracy against size, and (for the first run) each test word's rating against its logit."""
+    runs = [
+        (
+            json.loads((workdir / "results.json").read_text()),
+            [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()],
+        )
+        for workdir in workdirs
+    ]
+    figure, (curves, sizes, words) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for results, metrics in runs:
+        name, color = results["method"], COLORS[results["method"]]
+        points = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
+        curves.plot(*zip(*points), "-", color=color)
+        curves.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center")
+        sizes.plot(results["adapter_bytes"], 100 * results["test"], "o", color=color, markersize=10)
+        sizes.annotate(
+            f"{name}\n{results['trained_numbers']:,} numbers",
+            (results["adapter_bytes"], 100 * results["test"]),
+            xytext=(0, 12), textcoords="offset points", color=color, ha="center",
+        )  # fmt: skip
+    metric = runs[0][0]["metric"]
+    curves.set(xlabel="step", ylabel="training loss", title="While training")
+    curves.margins(x=0.12)
+    sizes.set(xlabel="adapter on disk (bytes)", ylabel=f"test {metric} (%)", title="For its size", xscale="log")
+    sizes.margins(x=0.3, y=0.3)
+    _draw_words(words, workdirs[0], runs[0][0])
+    for axes in (curves, sizes, words):
+        _tidy(axes)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_words(axes, workdir: pathlib.Path, results: dict) -> None:
+    rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    rating = np.array([row["rating"] for row in rows])
+    margin = np.array([row["logits"][1] - row["logits"][0] for row in rows])
+    right = np.array([row["label"] == row["prediction"] for row in rows])
+    axes.scatter(rating[right], margin[right], s=9, alpha=0.35, color=COLORS[results["method"]], linewidths=0)
+    axes.scatter(rating[~right], margin[~right], s=9, alpha=0.7, color="#c44536", linewidths=0)
+    axes.axhline(0, color="black", linewidth=0.7)
+    axes.axvline(0, color="black", linewidth=0.7)
+    wrong = np.where(right, 0, margin)
+    for row in (margin.argmax(), margin.argmin(), wrong.argmax(), wrong.argmin()):
+        axes.annotate(
+            rows[row]["text"], (rating[row], margin[row]), fontsize=8, xytext=(4, 3), textcoords="offset points"
+        )
+    axes.set(
+        xlabel="people's mean rating (its sign is the label)",
+        ylabel="logit of positive minus negative",
+        title=f"{len(rows):,} test words, {results['method']}: {np.count_nonzero(~right)} wrong (red)",
+    )
