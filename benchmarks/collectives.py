@@ -40,7 +40,7 @@ def left_alone(config, arguments) -> jax.stages.Compiled:
         value_, gradient = jax.value_and_grad(value)(trainable, frozen, batch, jax.random.wrap_key_data(key_data))
         return value_, optax.apply_updates(trainable, gradient)
 
-    trainable, _, frozen, batch, key_data, _ = arguments
+    trainable, _, frozen, batch, key_data, *_ = arguments
     everywhere = jax.tree.map(lambda leaf: leaf.sharding, trainable)
     return jax.jit(step, out_shardings=(None, everywhere)).lower(trainable, frozen, batch, key_data).compile()
 

@@ -15,13 +15,14 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from gpart_jax import canonical_layout, sharding
+from gpart_jax.methods import from_spec
 from gpart_jax.models import published
 from launch.dryrun import describe
 
 
 def draw(arguments, vocab_size):
     """Random weights, tokens and labels of those shapes; theta and the optimizer's state start at zero."""
-    trainable, state, frozen, batch, key_data, _ = arguments
+    trainable, state, frozen, batch, key_data, _, _ = arguments
     random = np.random.default_rng(0)
 
     def zeros(tree):
@@ -37,7 +38,7 @@ def draw(arguments, vocab_size):
     }
     trainable = zeros(trainable) | {"head": weights(trainable["head"])}
     drawn = trainable, zeros(state), weights(frozen), batch, zeros(key_data)
-    return sharding.place(drawn, jax.tree.map(lambda leaf: leaf.sharding, arguments[:-1]))
+    return sharding.place(drawn, jax.tree.map(lambda leaf: leaf.sharding, arguments[:5]))
 
 
 def main(_):
@@ -52,11 +53,13 @@ def main(_):
     memory = compiled.memory_analysis()
     print(f"compiled in {time.perf_counter() - start:.1f} s; arguments {memory.argument_size_in_bytes / 2**30:.2f} GiB, "
           f"temporaries {memory.temp_size_in_bytes / 2**30:.2f} GiB", flush=True)  # fmt: skip
+    method = from_spec(config.method.to_dict(), config.head_targets)
+    tables = sharding.replicate(method.tables(arguments[2]), jax.tree.leaves(arguments[2])[0].sharding.mesh)
     trainable, state, *rest = draw(arguments, published.CONFIGS[config.model.source]["vocab_size"])
     seconds = []
     for number in range(steps):
         start = time.perf_counter()
-        trainable, state, loss = compiled(trainable, state, *rest, number)
+        trainable, state, loss = compiled(trainable, state, *rest, number, tables)
         loss, norm = float(loss), float(optax.global_norm(trainable))
         seconds.append(time.perf_counter() - start)
         print(f"step {number}: loss {loss:.4f}, norm of what is trained {norm:.3e}, {seconds[-1]:.3f} s", flush=True)

@@ -57,21 +57,22 @@ def token_weights(loss_mask: jax.Array) -> jax.Array:
 def make_train_step(
     loss: Callable, method: Method, optimizer: optax.GradientTransformation, shardings, accumulate: int = 1
 ) -> Callable:
-    """step(trainable, optimizer_state, frozen, batch, key_data, number) -> (trainable, optimizer_state, loss).
+    """step(trainable, optimizer_state, frozen, batch, key_data, number, tables) -> (trainable, optimizer_state, loss).
 
-    Any `loss_mask` of the batch becomes `weights`. The first two are donated. `key_data` is that of the run's key; folding in the step's `number` makes the step's own.
+    The first two are donated. Any `loss_mask` of the batch becomes `weights`. `key_data` is that of the run's key; folding
+    in the step's `number` makes the step's own. `tables` are `method.tables(params)`.
     `shardings`: of `frozen`, and so the mesh. With `accumulate` > 1 a batch goes through the model in so many equal parts,
     one after another: activations take that much less memory, and only gradients of the trained numbers are added up.
     Each part draws its own dropout.
     """
     gradient_of = value_and_grad(loss, method, shardings, accumulate)
 
-    def step(trainable, optimizer_state, frozen, batch, key_data, number):
+    def step(trainable, optimizer_state, frozen, batch, key_data, number, tables=None):
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), number)
         if "loss_mask" in batch:
             batch = dict(batch)
             batch["weights"] = token_weights(batch.pop("loss_mask"))
-        value, gradient = gradient_of(trainable, frozen, batch, key)
+        value, gradient = gradient_of(trainable, frozen, batch, key, tables)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
         return optax.apply_updates(trainable, updates), optimizer_state, value
 

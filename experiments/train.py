@@ -88,10 +88,11 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
     shardings = sharding.param_shardings(params, mesh, rules)
     frozen = sharding.place(params, shardings)
     train_step = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
+    tables = sharding.replicate(method.tables(params), mesh)
     adapt = jax.jit(method.apply, out_shardings=shardings)
 
     def score(examples, trainable) -> tuple[dict[str, float], np.ndarray]:
-        adapted = adapt(frozen, sharding.replicate(trainable, mesh))
+        adapted = adapt(frozen, sharding.replicate(trainable, mesh), None, tables)
         logits = evaluate.predict(experiment, adapted, examples, config.train.eval_batch_size)
         return evaluate.score(task, examples, logits), logits
 
@@ -110,6 +111,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
                     sharding.global_batch(next(batches), mesh),
                     state["key"],
                     step,
+                    tables,
                 )
                 step += 1
                 losses.append(loss)

@@ -1,7 +1,7 @@
 """GPart in JAX: end-to-end isometric fine-tuning through one vector (arXiv 2605.14841)."""
 
 from gpart_jax.adapter import load_adapter, save_adapter
-from gpart_jax.methods import Method, chain, full, gpart, head, lora
+from gpart_jax.methods import Method, bitfit, chain, fastfood, full, gpart, head, lora, uni_lora, vera
 from gpart_jax.partition import Partition, make_partition
 from gpart_jax.targets import Layout, Leaf, canonical_layout
 from gpart_jax.transform import gpart_transform
@@ -11,8 +11,10 @@ __all__ = [
     "Leaf",
     "Method",
     "Partition",
+    "bitfit",
     "canonical_layout",
     "chain",
+    "fastfood",
     "full",
     "gpart",
     "gpart_transform",
@@ -21,4 +23,6 @@ __all__ = [
     "lora",
     "make_partition",
     "save_adapter",
+    "uni_lora",
+    "vera",
 ]

@@ -65,7 +65,7 @@ class Region:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["permutations", "scales"],
+    data_fields=["permutations", "scales", "keys"],
     meta_fields=["scheme", "scope", "seed", "d", "isometric", "layout", "regions"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +75,12 @@ class Partition:
     permutations: per region, rho, int32 of shape (8, d_region); shape (0, d_region) for splitmix64.
     scales: per region, the value of the non-zeros in each column of P, float32 of shape (d_region,): 1 / sqrt(n_g), or 1
       where `isometric` is false.
+    keys: per region, the 64-bit number with which elements or chunks are hashed, uint32 of shape (2,), high word first.
     """
 
     permutations: tuple
     scales: tuple
+    keys: tuple
     scheme: str
     scope: str
     seed: int
@@ -86,6 +88,11 @@ class Partition:
     isometric: bool
     layout: Layout
     regions: tuple[Region, ...]
+
+    @property
+    def tables(self) -> dict:
+        """All that depends on the seed, for `dataclasses.replace`: partitions of one shape have tables of one structure."""
+        return {"permutations": self.permutations, "scales": self.scales, "keys": self.keys}
 
 
 def make_partition(
@@ -103,7 +110,7 @@ def make_partition(
       isometric: scale column g by 1 / sqrt(n_g), so that P^T P = I (arXiv 2605.14841); False leaves ones (ablation).
 
     Returns:
-      A `Partition` whose tables are NumPy arrays of 4 * 9 * d bytes in all. The last 16 results are kept in memory.
+      A `Partition` whose tables are NumPy arrays of 4 * 9 * d bytes, and 8 for each region. The last 16 results are kept in memory.
 
     Raises:
       ValueError: an unknown scheme or scope, a seed or d out of range, or no numbered blocks for scope "block".
@@ -133,9 +140,10 @@ def _make_partition(layout, d, seed, scheme, scope, isometric):
         sizes = group_sizes(region, rho)
         scale = 1 / np.sqrt(np.maximum(sizes, 1)) if isometric else np.ones(region.d)
         scales.append(scale.astype(np.float32))
-    for table in (*permutations, *scales):
+    keys = tuple(np.array(uint64.split(_hash_key(region)), np.uint32) for region in regions)
+    for table in (*permutations, *scales, *keys):
         table.flags.writeable = False  # equal partitions share their tables
-    return Partition(permutations, tuple(scales), scheme, scope, seed, d, isometric, layout, regions)
+    return Partition(permutations, tuple(scales), keys, scheme, scope, seed, d, isometric, layout, regions)
 
 
 def seed_to_int(seed) -> int:
@@ -176,7 +184,7 @@ def group_ids(region: Region, index, rho=None) -> np.ndarray:
     """
     index, d = np.asarray(index, np.uint64), np.uint64(region.d)
     if region.scheme == "splitmix64":
-        return (uint64.mix_host(index + np.uint64(_splitmix64_offset(region))) % d).astype(np.int64)
+        return (uint64.mix_host(index + np.uint64(_hash_key(region))) % d).astype(np.int64)
     rho = _permutations(region) if rho is None else rho
     k, o = chunks(region, index // d)
     return rho[k, (index % d + o.astype(np.uint64)) % d].astype(np.int64)
@@ -184,8 +192,16 @@ def group_ids(region: Region, index, rho=None) -> np.ndarray:
 
 def chunks(region: Region, c) -> tuple[np.ndarray, np.ndarray]:
     """balanced-v1's table number k_c and rotation o_c of the chunks with numbers c: int32 arrays of c's shape."""
-    h = uint64.stream_host(_chunk_key(region), c)
+    h = uint64.stream_host(_hash_key(region), c)
     return (h % np.uint64(TABLES)).astype(np.int32), ((h >> np.uint64(32)) % np.uint64(region.d)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def chunks_in_program(region: Region, key, c) -> tuple[jax.Array, jax.Array]:
+    """`chunks` in a compiled program: for c as a pair of uint32 arrays, from the region's key, uint32 (2,)."""
+    step = uint64.multiply(uint64.add(c, uint64.split(1)), uint64.GAMMA)
+    high, low = uint64.mix(uint64.add(step, tuple(key)))
+    return (low % np.uint32(TABLES)).astype(jnp.int32), (high % np.uint32(region.d)).astype(jnp.int32)
 
 
 def group_sizes(region: Region, rho=None) -> np.ndarray:
@@ -205,7 +221,7 @@ def group_sizes(region: Region, rho=None) -> np.ndarray:
 Part = tuple[int, int | jax.Array, int]  # (axis, start, length): a slice of a leaf
 
 
-def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None) -> jax.Array:
+def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None, key=None) -> jax.Array:
     """Where each element of a leaf finds its value: positions in the region's flattened table, in a compiled program.
 
     The table is rho applied to scaled theta, (8, d), for balanced-v1, and scaled theta itself, (d,), for splitmix64.
@@ -213,11 +229,13 @@ def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None) -> j
     Args:
       layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
       part: (axis, start, length): that slice alone, of the leaf or of its layer. The start may be traced.
+      key: the region's, from `Partition.keys`; None makes it from the region's seed.
 
     Returns:
       int32 of the shape of what is asked for. Computed element by element from a small table for each axis, exactly for any
       N < 2^64.
     """
+    key = uint64.split(_hash_key(region)) if key is None else tuple(key)
     picks = {} if layer is None else {0: (layer, 1)}  # axis: (start, length)
     if part is not None:
         picks[part[0] if layer is None else part[0] + 1] = part[1:]
@@ -244,7 +262,7 @@ def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None) -> j
 
     if region.scheme == "splitmix64":
         index = functools.reduce(uint64.add, (laid(uint64.split(x), k) for k, x in enumerate(along)))
-        slot = uint64.remainder(uint64.mix(uint64.add(index, uint64.split(_splitmix64_offset(region)))), region.d)
+        slot = uint64.remainder(uint64.mix(uint64.add(index, key)), region.d)
     else:
         d = np.uint32(region.d)
         c, r = None, None  # mixed radix: index = c * d + r, so that no element needs a 64-bit division
@@ -257,10 +275,9 @@ def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None) -> j
                 r = r + rest
                 carry = (r >= d).astype(jnp.uint32)
                 c, r = uint64.add(uint64.add(c, quotient), (jnp.zeros_like(carry), carry)), r - carry * d
-        step = uint64.multiply(uint64.add(c, uint64.split(1)), uint64.GAMMA)
-        high, low = uint64.mix(uint64.add(step, uint64.split(_chunk_key(region))))
-        rotated = r + high % d
-        slot = low % np.uint32(TABLES) * d + jnp.where(rotated >= d, rotated - d, rotated)
+        k, o = (x.astype(jnp.uint32) for x in chunks_in_program(region, key, c))
+        rotated = r + o
+        slot = k * d + jnp.where(rotated >= d, rotated - d, rotated)
     slot = slot.astype(jnp.int32).reshape(padded)[tuple(slice(n) for n in shape)]
     return slot if layer is None else slot[0]
 
@@ -281,12 +298,11 @@ def _permutations(region: Region) -> np.ndarray:
     return np.array(rows, np.int32).reshape(count, region.d)
 
 
-def _chunk_key(region: Region) -> int:
+def _hash_key(region: Region) -> int:
+    """What is added to the number of a chunk (balanced-v1), or to an index (splitmix64), before it is hashed."""
+    if region.scheme == "splitmix64":
+        return (region.seed + uint64.GAMMA) & uint64.MASK
     return int(uint64.stream_host(region.seed, TABLES))
-
-
-def _splitmix64_offset(region: Region) -> int:
-    return (region.seed + uint64.GAMMA) & uint64.MASK
 
 
 def _global_region(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Region, ...]:

@@ -158,26 +158,27 @@ def value_and_grad(loss: Callable, method, shardings, accumulate: int = 1) -> Ca
       accumulate: so many parts of each device's rows go through the model one after another, to need less memory.
 
     Returns:
-      f(trainable, frozen, batch, key=None) -> (value, gradient), for use under `jax.jit`. `batch` is a dict of arrays
-      with the same rows first; `key` turns on dropout, the method's and the model's.
+      f(trainable, frozen, batch, key=None, tables=None) -> (value, gradient), for use under `jax.jit`. `batch` is a dict
+      of arrays with the same rows first; `key` turns on dropout, the method's and the model's; `tables` are
+      `method.tables(params)`, replicated, which are otherwise constants of the program.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     gather = _gather(dict(named_leaves(shardings)))
 
-    def compute(trainable, frozen, batch, key=None):
+    def compute(trainable, frozen, batch, key=None, tables=None):
         check_batch("The batch", len(jax.tree.leaves(batch)[0]), mesh, accumulate)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings)
         flat, unravel = ravel_pytree(trainable)
         copies = jnp.broadcast_to(flat, (mesh.size, flat.size))
         copies = jax.lax.with_sharding_constraint(copies, NamedSharding(mesh, P(AXES)))  # one for each device
 
-        def local(copies, frozen, batch, key, shard):  # copies: (T, n)
+        def local(copies, frozen, batch, key, tables, shard):  # copies: (T, n)
             def local_loss(copies, batch, key):
                 method_key, model_key = (None, None) if key is None else jax.random.split(key)
                 if key is not None and shards > 1:  # dropout on the delta is the same everywhere, the model's is not
                     model_key = jax.random.fold_in(model_key, shard[0])
-                bound = method.bind(like, jax.vmap(unravel)(copies), method_key, on_mesh=True)
+                bound = method.bind(like, jax.vmap(unravel)(copies), method_key, True, tables)
 
                 def adapt(params, layer=None):
                     return bound(gather(params, layer), layer)
@@ -201,11 +202,11 @@ def value_and_grad(loss: Callable, method, shardings, accumulate: int = 1) -> Ca
         values, gradients = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(BATCH, on_fsdp, BATCH, P(), BATCH),
+            in_specs=(BATCH, on_fsdp, BATCH, P(), P(), BATCH),
             out_specs=BATCH,
             axis_names={"data", "fsdp"},
             check_vma=False,
-        )(copies, frozen, batch, key, jnp.arange(shards))
+        )(copies, frozen, batch, key, tables, jnp.arange(shards))
         return values.mean(), unravel(gradients.sum(0) / shards)
 
     return compute

@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gpart_jax import partition as partitions
+from gpart_jax import uint64
 from gpart_jax.partition import Part, Partition, Region
 from gpart_jax.sharding import over_tensor
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
-_SHORTEST_RUN = 256  # the stream holds 2 N / d chunk constants in the program: from this d on, under 1 % of N
+_SHORTEST_RUN = 256  # the stream holds the numbers of N / d chunks in the program: from this d on, under 1 % of N
 
 
 def gpart_transform(
@@ -106,29 +107,29 @@ def bind(
     if key is not None:  # in shard_map, a key that varies over mesh axes makes theta vary over them too
         theta += jnp.zeros_like(jax.random.key_data(key), shape=(), dtype=theta.dtype)
     views: dict[str, list] = {}
-    for region, rho, scale in zip(partition.regions, partition.permutations, partition.scales):
+    for region, rho, scale, own in zip(partition.regions, partition.permutations, partition.scales, partition.keys):
         scaled = theta[..., region.start : region.start + region.d] * scale  # float32 or wider, as scale is
         table = _table(scaled, rho) if split is None else jax.vmap(_table, (0, None))(scaled, rho)
         for view in region.views:
             number = sum(map(len, views.values()))
             mask_key = None if key is None else jax.random.fold_in(key, number)
-            views.setdefault(view.leaf.path, []).append((view, region, table, mask_key))
+            views.setdefault(view.leaf.path, []).append((view, region, own, table, mask_key))
 
     def delta(path, layer):
         parts = {}
-        for view, region, table, mask_key in views[path]:
+        for view, region, own, table, mask_key in views[path]:
             if layer is not None and not view.leaf.stacked:
                 raise ValueError(
                     f"{path!r} can't be adapted layer by layer: that takes scope='global' and a layout that numbers it as "
                     f"stacked (canonical_layout(..., stacked=...)). Otherwise adapt params before the scan."
                 )
             if split is None:
-                part = _delta(region, view.leaf, table, layer)
+                part = _delta(region, view.leaf, own, table, layer)
             else:
                 axis = split[path]
                 if axis is not None and view.layer is not None:  # the view is one layer
                     axis -= 1
-                part = _delta_on_mesh(region, view.leaf, axis, table, layer)
+                part = _delta_on_mesh(region, view.leaf, axis, own, table, layer)
             if mask_key is not None:
                 part = _drop_leaf(part, dropout, mask_key, view.leaf.stacked, layer)
             parts[view.layer] = part
@@ -156,49 +157,50 @@ def _table(scaled, rho):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _delta(region: Region, leaf: Leaf, table, layer):
+def _delta(region: Region, leaf: Leaf, key, table, layer):
     """`expand` with its transpose, and nothing kept from forward to backward."""
-    return expand(region, leaf, table, layer)
+    return expand(region, leaf, key, table, layer)
 
 
-def _delta_forward(region, leaf, table, layer):
-    return expand(region, leaf, table, layer), layer
+def _delta_forward(region, leaf, key, table, layer):
+    return expand(region, leaf, key, table, layer), (key, layer)
 
 
-def _delta_backward(region, leaf, layer, cotangent):
-    return contract(region, leaf, cotangent, layer), None
+def _delta_backward(region, leaf, residuals, cotangent):
+    key, layer = residuals
+    return None, contract(region, leaf, key, cotangent, layer), None
 
 
 _delta.defvjp(_delta_forward, _delta_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _delta_on_mesh(region: Region, leaf: Leaf, axis: int | None, tables, layer):
+def _delta_on_mesh(region: Region, leaf: Leaf, axis: int | None, key, tables, layer):
     """`_delta` where each device along "tensor" makes its part along `axis` from its own of the tables, (T, 8, d)."""
 
-    def local(table, device, layer):  # (1, 8, d), (1,)
-        return expand(region, leaf, table[0], layer, _part(leaf, layer, axis, device[0], len(tables)))
+    def local(key, table, device, layer):  # (2,), (1, 8, d), (1,)
+        return expand(region, leaf, key, table[0], layer, _part(leaf, layer, axis, device[0], len(tables)))
 
     return over_tensor(local, out_specs=_split_spec(axis, layer))(
-        (tables, P("tensor")), _devices(len(tables)), (layer, P())
+        (key, P()), (tables, P("tensor")), _devices(len(tables)), (layer, P())
     )
 
 
-def _delta_on_mesh_forward(region, leaf, axis, tables, layer):
-    return _delta_on_mesh(region, leaf, axis, tables, layer), (layer, len(tables))
+def _delta_on_mesh_forward(region, leaf, axis, key, tables, layer):
+    return _delta_on_mesh(region, leaf, axis, key, tables, layer), (key, layer, len(tables))
 
 
 def _delta_on_mesh_backward(region, leaf, axis, residuals, cotangent):
-    layer, count = residuals
+    key, layer, count = residuals
 
-    def local(cotangent, device, layer):
-        total = contract(region, leaf, cotangent, layer, _part(leaf, layer, axis, device[0], count))
+    def local(key, cotangent, device, layer):
+        total = contract(region, leaf, key, cotangent, layer, _part(leaf, layer, axis, device[0], count))
         if axis is None:  # all devices hold the same: it counts once
             total = jnp.where(device[0] == 0, total, 0)
         return total[None]
 
-    args = (cotangent, _split_spec(axis, layer)), _devices(count), (layer, P())
-    return over_tensor(local, out_specs=P("tensor"))(*args), None
+    args = (key, P()), (cotangent, _split_spec(axis, layer)), _devices(count), (layer, P())
+    return None, over_tensor(local, out_specs=P("tensor"))(*args), None
 
 
 _delta_on_mesh.defvjp(_delta_on_mesh_forward, _delta_on_mesh_backward)
@@ -220,16 +222,17 @@ def _part(leaf: Leaf, layer, axis, device, devices) -> Part | None:
     return axis - (layer is not None), device * size, size
 
 
-def expand(region: Region, leaf: Leaf, table, layer=None, part: Part | None = None):
+def expand(region: Region, leaf: Leaf, key, table, layer=None, part: Part | None = None):
     """The entries of P theta in a leaf, from its region's table, (8, d) or (1, d). Not for AD: its transpose is `contract`.
 
     Args:
+      key: the region's, from `Partition.keys`.
       layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
       part: (axis, start, length): that slice alone, of the leaf or of its layer. The start may be traced.
     """
-    runs = _runs(region, leaf, layer)
+    runs = _runs(region, leaf, key, layer)
     if not runs:
-        return table.reshape(-1)[partitions.slots(region, leaf, layer, part)]
+        return table.reshape(-1)[partitions.slots(region, leaf, layer, part, key)]
     delta = _stream(region, runs, table).reshape(leaf.shape if layer is None else leaf.shape[1:])
     if part is None:
         return delta
@@ -237,11 +240,11 @@ def expand(region: Region, leaf: Leaf, table, layer=None, part: Part | None = No
     return jax.lax.dynamic_slice_in_dim(delta, start, length, axis)
 
 
-def contract(region: Region, leaf: Leaf, cotangent, layer=None, part: Part | None = None):
+def contract(region: Region, leaf: Leaf, key, cotangent, layer=None, part: Part | None = None):
     """The transpose of `expand`: adds up a cotangent of its result's shape in the slots of the table, (8, d) or (1, d)."""
-    runs = _runs(region, leaf, layer)
+    runs = _runs(region, leaf, key, layer)
     if not runs:
-        slots = partitions.slots(region, leaf, layer, part).reshape(-1)
+        slots = partitions.slots(region, leaf, layer, part, key).reshape(-1)
         rows = partitions.TABLES if region.scheme == "balanced-v1" else 1
         total = jnp.zeros_like(cotangent, shape=(rows * region.d,)).at[slots].add(cotangent.reshape(-1))
         return total.reshape(rows, region.d)
@@ -280,7 +283,7 @@ class _Runs(NamedTuple):
     chunks: int  # chunks taken for each run
 
 
-def _runs(region: Region, leaf: Leaf, layer) -> _Runs | None:
+def _runs(region: Region, leaf: Leaf, key, layer) -> _Runs | None:
     """How to stream a leaf, or one of its layers; None where its elements must be looked at one by one."""
     if region.scheme != "balanced-v1" or region.d < _SHORTEST_RUN or not leaf.size:
         return None
@@ -292,10 +295,11 @@ def _runs(region: Region, leaf: Leaf, layer) -> _Runs | None:
     length = pieces[0].size
     chunks = -(-(int(skips.max()) + length) // region.d)
     numbers = first[:, None] + np.arange(chunks, dtype=np.uint64)
-    tables = partitions.chunks(region, numbers)  # (runs, chunks) each
+    numbers = uint64.split(numbers)  # (runs, chunks) each
     if layer is not None:
-        tables = [jax.lax.dynamic_index_in_dim(table, layer) for table in tables]
+        numbers = tuple(jax.lax.dynamic_index_in_dim(half, layer) for half in numbers)
         skips = jax.lax.dynamic_index_in_dim(skips, layer)
+    tables = partitions.chunks_in_program(region, key, numbers)
     return _Runs(length, skips, tuple(table.reshape(-1) for table in tables), chunks)
 
 

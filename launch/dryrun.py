@@ -49,7 +49,7 @@ class Step(NamedTuple):
     """A training step and the shapes of its arguments, laid out on a mesh."""
 
     function: object  # jitted
-    arguments: tuple  # trainable, optimizer state, frozen, batch, key data, number; jax.ShapeDtypeStructs
+    arguments: tuple  # trainable, optimizer state, frozen, batch, key data, number, tables; jax.ShapeDtypeStructs
     params: int  # numbers of the whole model
 
 
@@ -94,6 +94,7 @@ def describe(config, mesh, length: int | None = None) -> Step:
         _on(by_rows, batch),
         _on(everywhere, jax.eval_shape(jax.random.key_data, key)),
         0,
+        _on(everywhere, jax.eval_shape(lambda: method.tables(frozen))),
     )
     return Step(step, arguments, sum(leaf.size for leaf in jax.tree.leaves(frozen)))
 
@@ -149,11 +150,12 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def report(step: Step, compiled, jaxpr, mesh, chip: str | None) -> str:
     """The table of a compiled step, per device and per step."""
-    trainable, state, frozen, batch, *_ = step.arguments
+    trainable, state, frozen, batch, _, _, tables = step.arguments
     memory = compiled.memory_analysis()
     sizes = {
         "frozen weights": device_bytes(frozen),
         "trained numbers and optimizer": device_bytes((trainable, state)),
+        "the method's tables": device_bytes(tables),
         "batch": device_bytes(batch),
         # Outputs that don't take the place of an argument are for a moment beside it.
         "activations and temporaries": memory.temp_size_in_bytes

@@ -247,7 +247,7 @@ def test_not_isometric_is_all_ones(scheme):
 def test_partition_is_a_pytree_of_its_tables():
     partition = make_partition(layout((40, 5)), 50, 9)
     arrays, tree = jax.tree.flatten(partition)
-    assert [a.shape for a in arrays] == [(8, 50), (50,)]
+    assert [a.shape for a in arrays] == [(8, 50), (50,), (2,)]
     again = jax.tree.unflatten(tree, arrays)
     assert isinstance(again, Partition) and (again.seed, again.d, again.layout) == (9, 50, partition.layout)
     assert jax.tree.structure(make_partition(layout((40, 5)), 50, 8)) != tree

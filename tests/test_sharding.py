@@ -189,7 +189,7 @@ def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, s
                          "b": {"kernel": np.zeros((layers, columns, 12), np.float32)}}}  # fmt: skip
     layout = canonical_layout(params, stacked="^layers", transposed="kernel$" if transposed else None)
     partition = make_partition(layout, min(d, layout.size), 7, scheme=scheme)
-    (region,) = partition.regions
+    (region,), (key,) = partition.regions, partition.keys
     random = np.random.default_rng(draw)
     table = jnp.asarray(random.standard_normal((8 if scheme == "balanced-v1" else 1, region.d)), jnp.float32)
     layer, axis, index = int(random.integers(layers)), int(random.integers(2)), int(random.integers(2))
@@ -208,8 +208,9 @@ def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, s
             length = leaf.shape[axis + 1] // 2
             part = (axis, index * length, length)
             results.append((
-                expand(region, leaf, table), expand(region, leaf, table, layer), expand(region, leaf, table, layer, part),
-                contract(region, leaf, among_zeros), contract(region, leaf, cotangent, layer, part),
+                expand(region, leaf, key, table), expand(region, leaf, key, table, layer),
+                expand(region, leaf, key, table, layer, part),
+                contract(region, leaf, key, among_zeros), contract(region, leaf, key, cotangent, layer, part),
             ))  # fmt: skip
         return results
 

@@ -1,0 +1,102 @@
+"""What a fine-tuning method is, and methods side by side."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from gpart_jax.sharding import one_copy
+from gpart_jax.targets import Layout, canonical_layout, named_leaves, replace_leaves
+
+
+def _none(params):
+    del params
+    return {}
+
+
+class Method(NamedTuple):
+    """Pure functions; a trainable is a dict of pytrees.
+
+    init(params, key) -> trainable.
+    bind(params, trainable, key=None, on_mesh=False, tables=None) -> adapt: prepares what is needed once for the whole of
+      params (or `jax.ShapeDtypeStruct`s of them). `adapt(part)` adapts any part of params; `adapt({"layers": slices},
+      layer=index)` the slices of stacked leaves that the body of a scan holds. `on_mesh` is for `sharding.value_and_grad`:
+      params then have NamedShardings, and each leaf of the trainable a copy for each device along "tensor", (T, ...).
+    tables(params) -> pytree: what the method's seed gives, such as a partition; neither trained nor saved. As an argument of
+      `bind` it is one of the compiled program too; else it is made anew, and its arrays are constants there. Methods that
+      differ in their seed alone have tables of one structure, and any one's `bind` takes any other's tables.
+    """
+
+    init: Callable[[Any, jax.Array], dict]
+    bind: Callable[..., Callable]
+    tables: Callable[[Any], Any] = _none
+
+    def apply(self, params, trainable, key=None, tables=None):
+        """The adapted params; a key turns on dropout on the delta."""
+        return self.bind(params, trainable, key, False, tables)(params)
+
+
+def chain(*methods: Method) -> Method:
+    """Methods side by side: `chain(gpart(...), head("^classifier/"))` trains theta and the head. Applied in order."""
+
+    def init(params, key):
+        trainable = {}
+        for number, method in enumerate(methods):
+            part = method.init(params, jax.random.fold_in(key, number))
+            if shared := trainable.keys() & part.keys():
+                raise ValueError(f"Two chained methods both train {sorted(shared)}.")
+            trainable |= part
+        return trainable
+
+    def make_tables(params):
+        return [method.tables(params) for method in methods]
+
+    def bind(params, trainable, key=None, on_mesh=False, tables=None):
+        keys = [None if key is None else jax.random.fold_in(key, number) for number in range(len(methods))]
+        tables = [None] * len(methods) if tables is None else tables
+        adapts = [method.bind(params, trainable, key, on_mesh, own) for method, key, own in zip(methods, keys, tables)]
+
+        def adapt(part, layer=None):
+            for one in adapts:
+                part = one(part, layer)
+            return part
+
+        return adapt
+
+    return Method(init, bind, make_tables)
+
+
+def layer_of(tree, layer):
+    """One layer of trained or random numbers that are stacked as their leaf is; all of them where `layer` is None."""
+    return tree if layer is None else jax.tree.map(lambda x: x[layer], tree)
+
+
+def adding(deltas: Callable[[str, Any], jax.Array | None]) -> Callable:
+    """adapt(part, layer=None) that adds `deltas(path, layer)`, where it isn't None, to a leaf."""
+
+    def adapt(part, layer=None):
+        adapted = {}
+        for path, leaf in named_leaves(part):
+            if (delta := deltas(path, layer)) is not None:
+                adapted[path] = (leaf + delta).astype(leaf.dtype)
+        return replace_leaves(part, adapted)
+
+    return adapt
+
+
+def matrices(params, targets, method: str, stacked: str | None = None) -> Layout:
+    """The layout of the targeted leaves, which must be matrices (in, out), or several (..., in, out).
+
+    Raises:
+      ValueError: a target that is no matrix.
+    """
+    layout = canonical_layout(params, targets, stacked=stacked)
+    for leaf in layout.leaves:
+        if len(leaf.shape) < 2:
+            raise ValueError(f"{method} adapts matrices, but {leaf.path!r} has shape {leaf.shape}. Narrow the targets.")
+    return layout
+
+
+def one_of(copies, on_mesh: bool):
+    """The trained numbers themselves, from their copies on a mesh."""
+    return one_copy(copies) if on_mesh else copies

@@ -1,0 +1,61 @@
+"""GPart as a method."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gpart_jax import transform
+from gpart_jax.methods.base import Method
+from gpart_jax.partition import make_partition
+from gpart_jax.sharding import tensor_axis
+from gpart_jax.targets import Layout, Targets, canonical_layout, named_leaves
+
+
+def gpart(
+    d: int,
+    seed: int = 0,
+    *,
+    targets: Targets | Layout = None,
+    scheme: str = "balanced-v1",
+    scope: str = "global",
+    isometric: bool = True,
+    dropout: float = 0.0,
+    init_bound: float = 0.0,
+    stacked: str | None = None,
+) -> Method:
+    """GPart: W = W0 + P theta with theta of d numbers (arXiv 2605.14841).
+
+    Args:
+      d: length of theta, 1 <= d <= N.
+      seed: of the partition; an int in [0, 2^64).
+      targets, scheme, scope, isometric, dropout: as in `gpart_transform`.
+      init_bound: theta starts uniform in [-init_bound, init_bound]; 0, as in the paper, is the base model itself.
+      stacked: a pattern of leaves whose first axis counts layers, as in `canonical_layout`.
+
+    Returns:
+      A `Method` that trains {"theta": float32 (d,)}.
+    """
+    if init_bound < 0:
+        raise ValueError(f"init_bound = {init_bound} must not be negative.")
+
+    def partition_of(params):
+        layout = canonical_layout(params, targets, stacked=stacked)
+        return make_partition(layout, d, seed, scheme=scheme, scope=scope, isometric=isometric)
+
+    def init(params, key):
+        partition_of(params)  # so that a bad d or target fails here, not in the first step
+        return {"theta": jax.random.uniform(key, (d,), jnp.float32, -init_bound, init_bound)}
+
+    def make_tables(params):
+        return partition_of(params).tables
+
+    def bind(params, trainable, key=None, on_mesh=False, tables=None):
+        partition = partition_of(params)
+        if tables is not None:
+            partition = dataclasses.replace(partition, **tables)
+        leaves = dict(named_leaves(params))
+        split = {leaf.path: tensor_axis(leaves[leaf.path]) for leaf in partition.layout.leaves} if on_mesh else None
+        return transform.bind(partition, trainable["theta"], dropout, key if dropout else None, split)
+
+    return Method(init, bind, make_tables)
