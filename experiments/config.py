@@ -19,6 +19,8 @@ _OPTIONAL = {"model": {"dropout", "remat"}}  # of encoders, of decoders
 
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError that names the first missing, unknown or non-positive key, and what was probably meant."""
+    if "sweep" in config:
+        raise ValueError("config.sweep makes this config a grid of runs: start it with python -m experiments.sweep.")
     _check_keys("config", set(config), set(_KEYS))
     for section, keys in _KEYS.items():
         if keys:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs import glue
-from experiments import report, sweep
+from experiments import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -177,31 +177,3 @@ def test_the_command_writes_tables_and_pictures(tmp_path):
 def test_nothing_to_report(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         report.find_runs(tmp_path)
-
-
-@pytest.mark.parametrize("text, seeds", [("3", [0, 1, 2]), ("42,44", [42, 44]), ("7,", [7])])
-def test_seeds(text, seeds):
-    assert sweep.parse_seeds(text) == seeds
-
-
-@pytest.mark.parametrize("text", ["", "0", "-1", "a", "1,1", "1,-2"])
-def test_bad_seeds(text):
-    with pytest.raises(ValueError, match="must be how many"):
-        sweep.parse_seeds(text)
-
-
-def test_seeds_are_swept_into_one_table(tiny_model, glue_dir, tmp_path):
-    command = [
-        sys.executable, "-m", "experiments.sweep", "--config=configs/glue.py:sst2,base,head", f"--workdir={tmp_path}",
-        "--seeds=5,6", f"--config.model.source={tiny_model}", f"--config.task.data_dir={glue_dir}",
-        "--config.task.max_length=64", "--config.task.holdout=0.0", "--config.train.epochs=1",
-    ]  # fmt: skip
-    swept = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert swept.returncode == 0, swept.stderr
-    runs = report.find_runs(tmp_path)
-    assert [run.workdir for run in runs] == [
-        tmp_path / "glue-sst2" / tiny_model.name / "head" / f"seed{seed}" for seed in (5, 6)
-    ]
-    assert report.markdown(runs) in swept.stdout and "seeds 5, 6" in swept.stdout
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert again.stdout.count("is finished") == 2

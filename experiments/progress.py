@@ -1,0 +1,86 @@
+"""How far a sweep is, on the console."""
+
+import json
+import pathlib
+import re
+
+import rich.console
+import rich.progress
+
+
+class SweepProgress:
+    """How far many runs are: a line for each that ends; on a terminal also live ones, of the whole and of what is running.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, runs: int, todo: int, workdir: pathlib.Path):
+        self._runs, self._ended, self._failed, self._todo, self._workdir = runs, runs - todo, 0, todo, workdir
+        self._console = rich.console.Console(highlight=False)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.fields[status]}"),
+            rich.progress.TimeRemainingColumn(compact=True),
+            rich.progress.TextColumn("left"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+            speed_estimate_period=3600,  # seconds; a run's compilation and evaluation move no bar
+        )
+        self._whole = self._bar.add_task("all runs", total=todo, status="")
+        self._running = {}
+
+    def __enter__(self):
+        self.say(f"{self._todo} of {self._runs} runs to do in {self._workdir}")
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self._bar.stop()
+
+    def start(self, directory: pathlib.Path) -> None:
+        self._running[directory] = self._bar.add_task(
+            str(directory.relative_to(self._workdir)), total=None, status="starts"
+        )
+
+    def end(self, directory: pathlib.Path, outcome: dict | str, seconds: float) -> None:
+        """Counts a run with its results, or with its error's first line."""
+        self._bar.remove_task(self._running.pop(directory))
+        self._ended += 1
+        if isinstance(outcome, str):
+            self._failed += 1
+            text = f"failed: {outcome}"
+        else:
+            text = f"{outcome['metric']} {outcome['test']:.4f}  {seconds:.0f} s"
+        self.say(f"[{self._ended}/{self._runs}] {directory}  {text}")
+
+    def update(self) -> None:
+        """Reads how far the runs are from what they wrote."""
+        if self._bar.disable:
+            return
+        done = self._todo - self._runs + self._ended
+        for directory, task in self._running.items():
+            step, steps = progress_of(directory)
+            if steps:
+                self._bar.update(task, completed=step, total=steps, status=f"step {step} of {steps}")
+                done += step / steps
+        finished = self._ended - self._failed
+        status = f"{finished} of {self._runs} finished, {self._failed} failed, {len(self._running)} running"
+        self._bar.update(self._whole, completed=done, status=status)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+def progress_of(directory: pathlib.Path) -> tuple[int, int]:
+    """The last step that a run logged, and how many it has: 0 and 0 before the first."""
+    log, metrics = directory / "log.txt", directory / "metrics.jsonl"
+    said = (
+        re.findall(r": (?:starts at|goes on after) step (\d+) of (\d+)$", log.read_text(), re.M) if log.exists() else []
+    )
+    if not said:
+        return 0, 0
+    lines = metrics.read_text().split("\n")[:-1]  # the last may be half a line
+    return json.loads(lines[-1])["step"] if lines else int(said[-1][0]), int(said[-1][1])
