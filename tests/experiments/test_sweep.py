@@ -211,7 +211,7 @@ def test_killed_and_started_again_a_sweep_does_each_run_once(tiny_model, tmp_pat
     results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
     assert 1 <= len(results) <= 3
 
-    code, output = finish(start(*arguments))
+    code, output = finish(start(*arguments, "--jobs=1"))
     assert code == 0, output
     assert f"{4 - len(results)} of 4 runs to do" in output and len(re.findall(r"^\[", output, re.M)) == 4 - len(results)
     assert {path: path.stat().st_mtime_ns for path in results} == results
