@@ -19,7 +19,7 @@ COLORS = {
     "bitfit": "#8a5a44", "head": "#7d8597", "full": "#3d405b",
 }  # fmt: skip
 OVER_D = ("gpart", "uni_lora", "fastfood")  # methods with a free d
-MARKERS = "os^Dv*"  # of a method's variants
+MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of a method's variants
 
 
 def pictures(model: str, rows: list, out: pathlib.Path) -> None:
@@ -61,17 +61,17 @@ def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None
         if len(points) > 1:
             below = [median - min(seeds) for median, seeds in zip(medians, values)]
             above = [max(seeds) - median for median, seeds in zip(medians, values)]
-            marker = MARKERS[variants[method] % len(MARKERS)]
+            marker, shown = MARKERS[variants[method] % len(MARKERS)]
             variants[method] += 1
             axes.errorbar([row.size for row in points], medians, [below, above], color=color, marker=marker, capsize=4)
-            ends.append((medians[-1], line, color))
+            ends.append((medians[-1], f"{shown} {line}", color))
         else:
             axes.axhline(medians[0], color=color, linestyle="--", linewidth=1)
             numbers = points[0].cells[column][0].results["trained_numbers"]
             ends.append((medians[0], f"{points[0].label}\n({numbers:,} numbers)", color))
     ticks = sorted({row.size for points in lines.values() if len(points) > 1 for row in points})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{d:,}" for d in ticks])
+    axes.set_xticks(ticks, [f"{d:,}" for d in ticks], rotation=30, ha="right", rotation_mode="anchor")
     axes.minorticks_off()
     task, metric = column
     axes.set(xlabel="d", ylabel=f"test {metric} (%)", title=f"{task}: median over seeds, bars from lowest to highest")
@@ -100,7 +100,7 @@ def draw_theta(run, title: str, path: pathlib.Path) -> None:
     theta = load_file(run.workdir / "adapter.safetensors")["theta"].astype(np.float64)
     mean, deviation = theta.mean(), theta.std()
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    axes.hist(theta, bins=min(80, max(10, len(theta) // 20)), density=True, color=COLORS["gpart"], alpha=0.5)
+    axes.hist(theta, bins=min(60, max(10, len(theta) // 50)), density=True, color=COLORS["gpart"], alpha=0.5)
     at = np.linspace(theta.min(), theta.max(), 300)
     axes.plot(at, norm.pdf(at, mean, deviation), color="black", linewidth=1.2)
     axes.annotate(
@@ -125,7 +125,7 @@ def _tidy(axes) -> None:
 
 
 def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
-    """Draws training losses, accuracy against size, and (for the first run) each test word's rating against its logit."""
+    """Draws training losses, accuracy against size, and of the first run each test word's rating against its logit."""
     runs = [
         (
             json.loads((workdir / "results.json").read_text()),

@@ -1,0 +1,108 @@
+"""What the pictures show: the points and bars of a line, labels that don't overlap, theta's numbers."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.text import Text
+from safetensors.numpy import save_file
+
+from experiments import plots, report
+from gpart_jax.methods import METHODS
+
+COLUMN = ("glue/sst2", "accuracy")
+
+
+def run(method, seed, test, folder=pathlib.Path("nowhere"), **options):
+    config = {
+        "model.source": "m",
+        "method.name": method,
+        **{f"method.{name}": value for name, value in options.items()},
+    }
+    results = {"method": method, "seed": seed, "task": COLUMN[0], "metric": COLUMN[1], "test": test}
+    return report.Run(folder, config, results | {"trained_numbers": 1234})
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, kept open."""
+    monkeypatch.setattr(plots.plt, "close", lambda figure: None)
+    yield lambda: [plt.figure(number) for number in plt.get_fignums()]
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_a_line_over_d(figures, tmp_path):
+    runs = [run("gpart", seed, test, d=d) for d, tests in ((64, (0.5, 0.7, 0.6)), (256, (0.8,)), (1024, (0.9, 0.86)))
+            for seed, test in enumerate(tests)]  # fmt: skip
+    runs += [run("lora", 0, 0.88, rank=8), run("uni_lora", 0, 0.83, d=256, rank=4)]
+    plots.draw_over_d(report.rows(runs), COLUMN, tmp_path / "picture.png")
+    axes = figures()[0].axes[0]
+    (line,) = axes.containers  # uni_lora has one d only: a dashed line
+    points, _, (bars,) = line
+    np.testing.assert_allclose(points.get_xydata(), [(64, 60), (256, 80), (1024, 88)])
+    np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [(50, 70), (80, 80), (86, 90)])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["64", "256", "1,024"]
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in dashed] == [88, 83]
+    assert {line.get_color() for line in dashed} == {plots.COLORS["lora"], plots.COLORS["uni_lora"]}
+    texts = [text.get_text() for text in axes.texts]
+    assert "lora, r = 8\n(1,234 numbers)" in texts and "uni_lora, d = 256\n(1,234 numbers)" in texts
+
+
+def test_a_line_for_each_variant(figures, tmp_path):
+    runs = [run("gpart", 0, 0.5, d=d, scheme=scheme) for d in (64, 128) for scheme in ("balanced-v1", "splitmix64")]
+    runs.append(run("gpart", 0, 0.5, d=256, scheme="balanced-v1"))
+    plots.draw_over_d(report.rows(runs), COLUMN, tmp_path / "picture.png")
+    lines = [line[0] for line in figures()[0].axes[0].containers]
+    assert [list(line.get_xdata()) for line in lines] == [[64, 128, 256], [64, 128]]
+    assert lines[0].get_marker() != lines[1].get_marker()
+
+
+def test_labels_do_not_overlap(figures, tmp_path):
+    runs = [run(method, 0, 0.8 + 0.001 * d / 64, d=d) for method in plots.OVER_D for d in (64, 128)]
+    runs += [run(method, 0, 0.8) for method in ("bitfit", "head", "full")]
+    runs += [run(method, 0, 0.8, rank=8) for method in ("lora", "vera")] + [run("lora", 0, 0.3, rank=1)]
+    plots.draw_over_d(report.rows(runs), COLUMN, tmp_path / "picture.png")
+    axes = figures()[0].axes[0]
+    boxes = sorted((Text.get_window_extent(text) for text in axes.texts), key=lambda box: box.y0)
+    assert len(boxes) == 9
+    for lower, upper in zip(boxes, boxes[1:]):
+        assert lower.y1 <= upper.y0
+
+
+def test_theta(figures, tmp_path):
+    theta = np.random.default_rng(0).normal(0.5, 2, 1000).astype(np.float32)
+    save_file({"theta": theta}, tmp_path / "adapter.safetensors")
+    plots.draw_theta(run("gpart", 7, 0.8, tmp_path, d=1000), "gpart, d = 1,000", tmp_path / "picture.png")
+    axes = figures()[0].axes[0]
+    assert f"‖theta‖ = {np.linalg.norm(theta):.3g}: how far" in axes.get_title() and "seed 7" in axes.get_title()
+    assert f"sd {theta.std():.3g}" in axes.texts[0].get_text()
+    bars = axes.patches
+    assert sum(bar.get_width() * bar.get_height() for bar in bars) == pytest.approx(1)
+    assert axes.lines[0].get_ydata().max() == pytest.approx(1 / np.sqrt(2 * np.pi) / theta.std(), rel=1e-3)
+    plots.draw_theta(run("gpart", 7, 0.8, tmp_path, d=1000, isometric=False), "gpart", tmp_path / "picture.png")
+    assert "how far" not in figures()[1].axes[0].get_title()  # it isn't, without the isometry
+
+
+def test_which_pictures_and_which_run(monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(plots, "draw_over_d", lambda rows, column, path: drawn.update({path.name: column}))
+    monkeypatch.setattr(plots, "draw_theta", lambda run, label, path: drawn.update({path.name: (run.results, label)}))
+    plots.pictures("m", report.rows([run("lora", 0, 0.1, rank=r) for r in (1, 2)]), tmp_path)
+    assert not drawn  # no d
+    runs = [run("gpart", seed, test, d=d) for d in (64, 128) for seed, test in ((1, 0.9), (2, 0.5), (3, 0.7))]
+    plots.pictures("m", report.rows([*runs, run("gpart", 0, 0.99, d=256)]), tmp_path)
+    assert drawn["accuracy-over-d-glue-sst2-m.png"] == COLUMN
+    results, label = drawn["theta-m.png"]
+    assert label == "gpart, d = 128" and results["seed"] == 3
+
+
+def test_every_method_has_a_color_and_a_size():
+    assert METHODS.keys() == plots.COLORS.keys()
+    for name in METHODS:
+        assert report.label({"name": name, "d": 4096, "rank": 8}) == {
+            "gpart": "gpart, d = 4,096", "uni_lora": "uni_lora, d = 4,096", "fastfood": "fastfood, d = 4,096",
+            "lora": "lora, r = 8", "vera": "vera, r = 8",
+        }.get(name, name)  # fmt: skip
