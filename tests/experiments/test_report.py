@@ -105,11 +105,11 @@ def test_runs_that_differ_in_more_than_their_seeds_get_rows_of_their_own(tmp_pat
 def test_variants_are_named_by_all_that_differs(tmp_path):
     finished(tmp_path / "a", "sst2,minilm", 0, 0.8, **{"optimizer.lr": 1e-3})
     finished(tmp_path / "b", "sst2,minilm", 0, 0.8, **{"optimizer.lr": 1e-5})
-    finished(tmp_path / "c", "sst2,minilm", 0, 0.8, **{"optimizer.lr": 1e-3, "method.isometric": False})
+    finished(tmp_path / "c", "sst2,minilm", 0, 0.8, **{"optimizer.lr": 1e-3, "method.stacked": "^layers"})
     assert labels(tmp_path) == [  # numbers in their order; an absent field is the method's default
-        "gpart, d = 23,040, isometric = False, optimizer.lr = 0.001",
-        "gpart, d = 23,040, isometric = default, optimizer.lr = 1e-05",
-        "gpart, d = 23,040, isometric = default, optimizer.lr = 0.001",
+        "gpart, d = 23,040, stacked = default, optimizer.lr = 1e-05",
+        "gpart, d = 23,040, stacked = default, optimizer.lr = 0.001",
+        "gpart, d = 23,040, stacked = ^layers, optimizer.lr = 0.001",
     ]
 
 
