@@ -116,14 +116,23 @@ class Checkpoints:
     def wait(self) -> None:
         self._manager.wait_until_finished()
 
-    def restore(self, state: dict, batches) -> dict:
+    def latest_step(self) -> int:
+        """The newest saved step; 0 where there is none."""
+        return self._manager.latest_step() or 0
+
+    def restore(self, state: dict, batches, step: int | None = None) -> dict:
         """The newest saved state, and `batches` set to its position; `state` itself where there is none.
+
+        With `step` that of this step (0: `state`), and what was saved later is removed.
 
         Raises:
           ValueError: the newest checkpoint cannot be read, or doesn't fit `state`.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        if step is not None:
+            for later in [saved for saved in self._manager.all_steps() if saved > step]:
+                self._manager.delete(later)
+        step = self.latest_step() if step is None else step
+        if not step:
             return state
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(np.array, state)),

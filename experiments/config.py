@@ -1,8 +1,11 @@
 """Which keys a config has. The values are checked where they are used."""
 
 import difflib
+import json
 
 import ml_collections
+
+from experiments.checkpoint import flatten
 
 _KEYS = {  # None: a value, or a section that is checked by its user
     "seed": None,
@@ -28,6 +31,16 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for key in _KEYS["train"]:
         if not isinstance(config.train[key], int) or config.train[key] < 1:
             raise ValueError(f"config.train.{key} must be a positive integer, not {config.train[key]!r}.")
+
+
+# What runs trained together, in one program, may differ in (experiments/population.py).
+FREE = ("seed", "method.seed", "optimizer.lr", "optimizer.head_lr", "optimizer.weight_decay")
+
+
+def differences(one: ml_collections.ConfigDict, other: ml_collections.ConfigDict) -> list[str]:
+    """The keys outside FREE in which two configs differ."""
+    here, there = (flatten(json.loads(config.to_json())) for config in (one, other))
+    return sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key) and key not in FREE)
 
 
 def _check_keys(where: str, found: set[str], known: set[str]) -> None:

@@ -22,10 +22,10 @@ class Logger:
     """Use as a context manager. `workdir/metrics.jsonl` has one object a line, each with its step.
 
     A run that goes on from a checkpoint first drops what was logged after that step, so that no step stands there twice.
-    Of several processes only the first logs anything.
+    Of several processes only the first logs anything. `show=False` leaves out the console.
     """
 
-    def __init__(self, workdir: pathlib.Path, title: str, step: int, total_steps: int):
+    def __init__(self, workdir: pathlib.Path, title: str, step: int, total_steps: int, show: bool = True):
         mine = is_writer()
         path = workdir / "metrics.jsonl" if mine else pathlib.Path(os.devnull)
         kept = []
@@ -38,7 +38,7 @@ class Logger:
         self._tensorboard = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=mine
         )
-        self.console = rich.console.Console(highlight=False, quiet=not mine)
+        self.console = rich.console.Console(highlight=False, quiet=not (mine and show))
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=None),
@@ -48,7 +48,7 @@ class Logger:
             rich.progress.TextColumn("left"),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,  # a log file gets the lines of `say` alone
+            disable=not (show and self.console.is_terminal),  # a log file gets the lines of `say` alone
         )
         self._task = self._bar.add_task(title, total=total_steps, completed=step, status="")
         self._title = title

@@ -39,34 +39,36 @@ class SweepProgress:
     def __exit__(self, *error):
         self._bar.stop()
 
-    def start(self, directory: pathlib.Path) -> None:
-        self._running[directory] = self._bar.add_task(
-            str(directory.relative_to(self._workdir)), total=None, status="starts"
-        )
+    def start(self, directories: list[pathlib.Path]) -> None:
+        more = f" and {len(directories) - 1} more" if len(directories) > 1 else ""
+        name = f"{directories[0].relative_to(self._workdir)}{more}"
+        self._running[tuple(directories)] = self._bar.add_task(name, total=None, status="starts")
 
-    def end(self, directory: pathlib.Path, outcome: dict | str, seconds: float) -> None:
-        """Counts a run with its results, or with its error's first line."""
-        self._bar.remove_task(self._running.pop(directory))
-        self._ended += 1
-        if isinstance(outcome, str):
-            self._failed += 1
-            text = f"failed: {outcome}"
-        else:
-            text = f"{outcome['metric']} {outcome['test']:.4f}  {seconds:.0f} s"
-        self.say(f"[{self._ended}/{self._runs}] {directory}  {text}")
+    def end(self, directories: list[pathlib.Path], outcomes: list[dict | str], seconds: float) -> None:
+        """Counts runs that were one job, each with its results, or with its error's first line."""
+        self._bar.remove_task(self._running.pop(tuple(directories)))
+        together = f" for {len(directories)} together" if len(directories) > 1 else ""
+        for directory, outcome in zip(directories, outcomes):
+            self._ended += 1
+            if isinstance(outcome, str):
+                self._failed += 1
+                text = f"failed: {outcome}"
+            else:
+                text = f"{outcome['metric']} {outcome['test']:.4f}  {seconds:.0f} s{together}"
+            self.say(f"[{self._ended}/{self._runs}] {directory}  {text}")
 
     def update(self) -> None:
         """Reads how far the runs are from what they wrote."""
         if self._bar.disable:
             return
         done = self._todo - self._runs + self._ended
-        for directory, task in self._running.items():
-            step, steps = progress_of(directory)
+        for directories, task in self._running.items():
+            step, steps = progress_of(directories[0])
             if steps:
                 self._bar.update(task, completed=step, total=steps, status=f"step {step} of {steps}")
-                done += step / steps
+                done += len(directories) * step / steps
         finished = self._ended - self._failed
-        status = f"{finished} of {self._runs} finished, {self._failed} failed, {len(self._running)} running"
+        status = f"{finished} of {self._runs} finished, {self._failed} failed, {sum(map(len, self._running))} running"
         self._bar.update(self._whole, completed=done, status=status)
 
     def say(self, text: str) -> None:

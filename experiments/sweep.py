@@ -6,6 +6,8 @@
 Values are Python's, or strings; a list may hold what has commas: --sweep 'method.targets=["a|b", "c"]'. A config file may
 bring its own grid, as config.sweep = [("method.d", (256, 1024)), ...]; a key given here replaces the same key there.
 
+--population=5 trains five runs that differ in nothing but seeds and learning rates in one program (experiments/population.py).
+
 Stop it at any time and run it again: finished runs are kept, unfinished ones go on, failed ones (error.txt in their folders)
 are tried again. Give other tasks and methods the same workdir, and they join the table.
 """
@@ -152,7 +154,7 @@ def main(_):
     quiet()
     workdir = pathlib.Path(flags.FLAGS.workdir)
     runs = make_runs(flags.FLAGS.config, flags.FLAGS.sweep, parse_seeds(flags.FLAGS.seeds), workdir)
-    failures = run_all(runs, flags.FLAGS.jobs, workdir)
+    failures = run_all(runs, flags.FLAGS.jobs, workdir, flags.FLAGS.population)
     try:
         table = report.markdown(report.find_runs(workdir))
     except (ValueError, FileNotFoundError) as error:  # runs that don't go into one table, or none
@@ -173,4 +175,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory for the folders of all runs.", required=True)
     flags.DEFINE_string("seeds", "3", "How many seeds (3: 0, 1, 2), or which (42,43,44).")
     flags.DEFINE_integer("jobs", 1, "Runs at once. They share the GPUs; a TPU serves one.", lower_bound=1)
+    flags.DEFINE_integer(
+        "population", 1, "Runs that differ in seeds or rates alone and are trained as one program.", lower_bound=1
+    )
     app.run(main)

@@ -14,12 +14,13 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -75,16 +76,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
         part=part, parts=parts,
     )  # fmt: skip
 
-    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    trainable = method.init(params, init_key)
-    state = {
-        "step": 0,
-        "trainable": trainable,
-        "optimizer": optimizer.init(trainable),
-        "key": jax.random.key_data(dropout_key),
-        "best": {"trainable": trainable, "score": -math.inf, "epoch": 0},
-    }
-
+    state = initial_state(config, method, optimizer, params)
     shardings = sharding.param_shardings(params, mesh, rules)
     frozen = sharding.place(params, shardings)
     train_step = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
@@ -120,17 +112,13 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
 
                 if step % config.train.log_every == 0 or step % steps_per_epoch == 0:
                     mean = float(jnp.stack(losses).mean())
-                    if not math.isfinite(mean):
-                        raise FloatingPointError(f"The loss is {mean} at step {step}. Lower config.optimizer.lr.")
+                    check_finite(mean, step)
                     logger.write(step, loss=mean, seconds_per_step=watch.lap())
                     losses = []
                 if step % steps_per_epoch == 0:
                     epoch = step // steps_per_epoch
                     scores = score(task.validation, state["trainable"])[0] if task.validation else {}
-                    value = scores.get(task.metrics[0], -math.inf)
-                    if value > state["best"]["score"] or not task.validation:  # without one, the last epoch is kept
-                        kept = jax.tree.map(np.array, state["trainable"])
-                        state["best"] = {"trainable": kept, "score": value, "epoch": epoch}
+                    keep_best(state, state["trainable"], task, scores, epoch)
                     if scores:
                         logger.write(step, **{f"validation_{name}": value for name, value in scores.items()})
                     shown = "".join(f"  validation {name} {value:.4f}" for name, value in scores.items())
@@ -145,16 +133,44 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
                     logger.say(f"{stop}: saved step {step}. Run the same command to go on.")
                     sys.exit(143)
 
-            # The test score is that of the adapter as it lies on disk, not of the arrays it was written from.
-            best, adapter = state["best"], workdir / "adapter.safetensors"
-            if is_writer():
-                save_adapter(adapter, config.method.to_dict(), best["trainable"], params, config.head_targets)
-            barrier("save_adapter")
-            _, loaded = load_adapter(adapter, params)
-            scores, logits = score(task.test, loaded)
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            logger.say(f"test {shown} with the adapter of epoch {best['epoch']}: {adapter}")
+            return finish(config, workdir, experiment, state["best"], total_steps, score, logger, mesh)
 
+
+def initial_state(config, method: Method, optimizer: optax.GradientTransformation, params) -> dict:
+    """What a run saves and goes on from, before its first step."""
+    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    trainable = method.init(params, init_key)
+    return {
+        "step": 0,
+        "trainable": trainable,
+        "optimizer": optimizer.init(trainable),
+        "key": jax.random.key_data(dropout_key),
+        "best": {"trainable": trainable, "score": -math.inf, "epoch": 0},
+    }
+
+
+def keep_best(state: dict, trainable, task: data.Task, scores: dict, epoch: int) -> None:
+    """Remembers in state["best"] what an epoch ended with, if it is the best so far, or if no validation tells."""
+    value = scores.get(task.metrics[0], -math.inf)
+    if value > state["best"]["score"] or not task.validation:
+        state["best"] = {"trainable": jax.tree.map(np.array, trainable), "score": value, "epoch": epoch}
+
+
+def check_finite(loss: float, step: int, whose: str = "") -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"The loss{whose} is {loss} at step {step}. Lower config.optimizer.lr.")
+
+
+def finish(config, workdir, experiment, best: dict, total_steps: int, score: Callable, logger: Logger, mesh, **more):
+    """Saves the best epoch's adapter, tests it as it lies on disk, and writes predictions.jsonl and results.json."""
+    task, adapter = experiment.task, workdir / "adapter.safetensors"
+    if is_writer():
+        save_adapter(adapter, config.method.to_dict(), best["trainable"], experiment.params, config.head_targets)
+    barrier("save_adapter")
+    _, loaded = load_adapter(adapter, experiment.params)
+    scores, logits = score(task.test, loaded)
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    logger.say(f"test {shown} with the adapter of epoch {best['epoch']}: {adapter}")
     if not is_writer():
         barrier("results")
         return json.loads((workdir / "results.json").read_text())
@@ -175,6 +191,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
         # The median leaves out the laps in which a step was compiled.
         "seconds_per_step": statistics.median(row["seconds_per_step"] for row in rows if "seconds_per_step" in row),
         "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        **more,
     }
     write_json(workdir / "results.json", results)
     barrier("results")

@@ -18,6 +18,7 @@ import jax
 import ml_collections
 
 from experiments.checkpoint import check_workdir
+from experiments.config import differences
 from experiments.logger import quiet
 from experiments.progress import SweepProgress
 
@@ -27,8 +28,10 @@ class Run(NamedTuple):
     directory: pathlib.Path
 
 
-def run_all(runs: list[Run], jobs: int, workdir: pathlib.Path) -> dict[pathlib.Path, str]:
+def run_all(runs: list[Run], jobs: int, workdir: pathlib.Path, population: int = 1) -> dict[pathlib.Path, str]:
     """Trains the runs that aren't finished, `jobs` at once, and shows how far the whole is.
+
+    Up to `population` runs that follow one another and may share a program are trained together, as one job.
 
     Returns:
       The directory of each run that failed, and the error's first line.
@@ -39,25 +42,27 @@ def run_all(runs: list[Run], jobs: int, workdir: pathlib.Path) -> dict[pathlib.P
     """
     for run in runs:
         check_workdir(run.config, run.directory)
-    todo = collections.deque(run for run in runs if not (run.directory / "results.json").exists())
+    unfinished = [run for run in runs if not (run.directory / "results.json").exists()]
+    todo = collections.deque(together(unfinished, population))
     workers = [Worker(slot, jobs, workdir / ".compiled") for slot in range(min(jobs, len(todo)))]
     failures = {}
     try:
-        with _noted_signals() as signals, SweepProgress(len(runs), len(todo), workdir) as progress:
-            while not signals and (todo or any(worker.run for worker in workers)):
+        with _noted_signals() as signals, SweepProgress(len(runs), len(unfinished), workdir) as progress:
+            while not signals and (todo or any(worker.runs for worker in workers)):
                 for worker in workers:
-                    if todo and not worker.run:
+                    if todo and not worker.runs:
                         worker.give(todo.popleft())
-                        progress.start(worker.run.directory)
-                working = {worker.connection: worker for worker in workers if worker.run}
+                        progress.start([run.directory for run in worker.runs])
+                working = {worker.connection: worker for worker in workers if worker.runs}
                 for ready in connection.wait(working, timeout=0.5):
                     if signals:
                         break  # a process that ended may have had the same signal
-                    run, seconds = working[ready].run, time.monotonic() - working[ready].since
-                    outcome = working[ready].take()
-                    if isinstance(outcome, str):
-                        failures[run.directory] = outcome
-                    progress.end(run.directory, outcome, seconds)
+                    ended, seconds = working[ready].runs, time.monotonic() - working[ready].since
+                    outcomes = working[ready].take()
+                    for run, outcome in zip(ended, outcomes):
+                        if isinstance(outcome, str):
+                            failures[run.directory] = outcome
+                    progress.end([run.directory for run in ended], outcomes, seconds)
                 progress.update()
             if signals:
                 progress.say(f"{signals[0]}: saving checkpoints.")
@@ -68,6 +73,17 @@ def run_all(runs: list[Run], jobs: int, workdir: pathlib.Path) -> dict[pathlib.P
         print(f"{signals[0]}: {finished} of {len(runs)} runs are finished. Run the same command to go on.")
         sys.exit(143)
     return failures
+
+
+def together(runs: list[Run], most: int) -> list[list[Run]]:
+    """The runs in order, in groups of up to `most` that may be one population."""
+    groups = []
+    for run in runs:
+        if groups and len(groups[-1]) < most and not differences(groups[-1][0].config, run.config):
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return groups
 
 
 def _end(workers: list["Worker"]) -> None:
@@ -100,25 +116,25 @@ def _noted_signals():
 
 
 class Worker:
-    """One of `jobs` places: a process, another one if it dies, and the run that it has."""
+    """One of `jobs` places: a process, another one if it dies, and the runs that it trains together, mostly one."""
 
     def __init__(self, slot: int, jobs: int, cache: pathlib.Path):
-        self.run = self.process = None
+        self.runs = self.process = None
         self._arguments = gpu_share(visible_gpus(), slot, jobs), cache
 
-    def give(self, run: Run) -> None:
+    def give(self, runs: list[Run]) -> None:
         if not self.process:
             context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
             self.connection, theirs = context.Pipe()
             self.process = context.Process(target=_work, args=(theirs, *self._arguments))
             self.process.start()
             theirs.close()  # so that the end of the process ends the connection
-        self.run, self.since = run, time.monotonic()
-        self.connection.send(run)
+        self.runs, self.since = runs, time.monotonic()
+        self.connection.send(runs)
 
-    def take(self) -> dict | str:
-        """The results of the run that has ended, or the first line of its error."""
-        run, self.run = self.run, None
+    def take(self) -> list[dict | str]:
+        """The results of each run that has ended, or the first line of its error."""
+        runs, self.runs = self.runs, None
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -129,9 +145,10 @@ class Worker:
             error = f"its process was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
             error += ", perhaps because memory ran out"
-        run.directory.mkdir(parents=True, exist_ok=True)
-        (run.directory / "error.txt").write_text(error + "\n")
-        return error
+        for run in runs:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            (run.directory / "error.txt").write_text(error + "\n")
+        return [error] * len(runs)
 
 
 def visible_gpus() -> list[str]:
@@ -171,16 +188,22 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _train(run: Run) -> dict | str:
-    from experiments.train import train  # the parent does without: it starts in half the time
+def _train(runs: list[Run]) -> list[dict | str]:
+    from experiments.population import train_population  # the parent does without: it starts in half the time
+    from experiments.train import train
 
-    run.directory.mkdir(parents=True, exist_ok=True)
-    (run.directory / "error.txt").unlink(missing_ok=True)
-    with (run.directory / "log.txt").open("a") as log:
+    first = runs[0].directory
+    for run in runs:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        (run.directory / "error.txt").unlink(missing_ok=True)
+        if run.directory != first:
+            (run.directory / "log.txt").write_text(f"Trained together with {first}, which has the log.\n")
+    with (first / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)  # of the process, so that what libraries in C++ write comes along
         os.dup2(log.fileno(), 2)
     try:
-        return train(*run)
+        return [train(*runs[0])] if len(runs) == 1 else train_population(*zip(*runs))
     except Exception as error:
-        (run.directory / "error.txt").write_text(traceback.format_exc())
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        for run in runs:
+            (run.directory / "error.txt").write_text(traceback.format_exc())
+        return [f"{type(error).__name__}: {error}".splitlines()[0]] * len(runs)

@@ -15,6 +15,12 @@ balanced-v1 (default). Element i is in chunk c = i // d at position r = i % d, a
 splitmix64. group = mix(i + seed + GAMMA) mod d, the "stateless" backend of the authors' PyTorch release, bit for bit.
   Sizes are multinomial and a group may be empty; it is then scaled by 1, as it is there.
 
+signed_magnitude. The paper's deterministic alternative: groups of weights of one sign and of like magnitude, read off the
+  frozen weights; no seed. Of the n negative weights, in order of magnitude (of index where equal), rank r is in group
+  ((r + 1) k - 1) // n, k = floor(d n / N) (at least 1, and 1 left for the others); the others follow in groups k ... d-1 in
+  the same way. The authors' release orders weights of nearly one magnitude otherwise, by a rule we don't know. It is not
+  stateless: N group ids are held.
+
 Scopes. "global" numbers all N elements together. "block" gives each of the B numbered blocks (all leaves whose paths are
 the same up to the first number, `layer_3/...`; or each layer of the stacked leaves) a slice of theta of d // B numbers, the
 first d % B blocks one more; block b in canonical order is a partition of its own with the seed s(seed, 9 + b).
@@ -31,9 +37,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpart_jax import uint64
-from gpart_jax.targets import Layout, Leaf
+from gpart_jax.targets import Layout, Leaf, named_leaves
 
-SCHEMES = ("balanced-v1", "splitmix64")
+SCHEMES = ("balanced-v1", "splitmix64")  # stateless
+SIGNED_MAGNITUDE = "signed_magnitude"
 SCOPES = ("global", "block")
 TABLES = 8  # K, the number of permutations of balanced-v1
 _LONGEST_AXIS = 4096
@@ -72,10 +79,11 @@ class Region:
 class Partition:
     """A partition with its tables: a pytree to pass to a compiled program in place of the seed.
 
-    permutations: per region, rho, int32 of shape (8, d_region); shape (0, d_region) for splitmix64.
+    permutations: per region, rho, int32 of shape (8, d_region); shape (0, d_region) where there are none.
     scales: per region, the value of the non-zeros in each column of P, float32 of shape (d_region,): 1 / sqrt(n_g), or 1
       where `isometric` is false.
-    keys: per region, the 64-bit number with which elements or chunks are hashed, uint32 of shape (2,), high word first.
+    keys: per region, the 64-bit number with which elements or chunks are hashed, uint32 of shape (2,), high word first. For
+      signed_magnitude the group ids themselves, {path: int32 of the leaf's shape}.
     """
 
     permutations: tuple
@@ -96,7 +104,14 @@ class Partition:
 
 
 def make_partition(
-    layout: Layout, d: int, seed, *, scheme: str = "balanced-v1", scope: str = "global", isometric: bool = True
+    layout: Layout,
+    d: int,
+    seed,
+    *,
+    scheme: str = "balanced-v1",
+    scope: str = "global",
+    isometric: bool = True,
+    params=None,
 ) -> Partition:
     """The partition of `layout` into d groups.
 
@@ -105,21 +120,35 @@ def make_partition(
       d: the number of groups, 1 <= d <= N.
       seed: an int in [0, 2^64), or a concrete `jax.random` key of two words, read as one 64-bit number (so the key of
         `jax.random.key(42)` is the seed 42).
-      scheme: "balanced-v1" or "splitmix64".
+      scheme: "balanced-v1", "splitmix64" or "signed_magnitude".
       scope: "global" or "block".
       isometric: scale column g by 1 / sqrt(n_g), so that P^T P = I (arXiv 2605.14841); False leaves ones (ablation).
+      params: the frozen weights, which signed_magnitude alone reads.
 
     Returns:
-      A `Partition` whose tables are NumPy arrays of 4 * 9 * d bytes, and 8 for each region. The last 16 results are kept in memory.
+      A `Partition` whose tables are NumPy arrays of 4 * 9 * d bytes, and 8 for each region (signed_magnitude: 4 * (N + d)
+      bytes). The last 16 results of the stateless schemes are kept in memory.
 
     Raises:
       ValueError: an unknown scheme or scope, a seed or d out of range, or no numbered blocks for scope "block".
-      TypeError: a seed that is traced or not an integer.
+      TypeError: a seed that is traced or not an integer, or traced weights for signed_magnitude.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"Unknown scheme {scheme!r}. Choose one of {', '.join(SCHEMES)}.")
+    regions = regions_of(layout, d, seed, scheme=scheme, scope=scope)
+    if scheme == SIGNED_MAGNITUDE:
+        tables = _by_magnitude(layout, regions[0], bool(isometric), params)
+    else:
+        tables = _hashed(regions, bool(isometric))
+    return Partition(*tables, scheme, scope, seed_to_int(seed), operator.index(d), bool(isometric), layout, regions)
+
+
+def regions_of(layout: Layout, d: int, seed, *, scheme: str, scope: str) -> tuple[Region, ...]:
+    """What of a partition doesn't hold arrays. Arguments and errors as in `make_partition`."""
+    if scheme not in (*SCHEMES, SIGNED_MAGNITUDE):
+        raise ValueError(f"Unknown scheme {scheme!r}. Choose one of {', '.join((*SCHEMES, SIGNED_MAGNITUDE))}.")
     if scope not in SCOPES:
         raise ValueError(f"Unknown scope {scope!r}. Choose one of {', '.join(SCOPES)}.")
+    if scheme == SIGNED_MAGNITUDE and scope != "global":
+        raise ValueError("scheme='signed_magnitude' needs scope='global'.")
     try:
         d = operator.index(d)
     except TypeError:
@@ -128,22 +157,60 @@ def make_partition(
         raise ValueError(f"d = {d} must be between 1 and N = {layout.size}, the number of adapted weights.")
     if d >= 2**28:
         raise ValueError(f"d = {d} must be below 2^28, so that 8 tables of d entries have 32-bit positions.")
-    return _make_partition(layout, d, seed_to_int(seed), scheme, scope, bool(isometric))
+    make = _block_regions if scope == "block" else _global_region
+    return make(layout, d, seed_to_int(seed), scheme)
 
 
 @functools.lru_cache(maxsize=16)
-def _make_partition(layout, d, seed, scheme, scope, isometric):
-    regions = _block_regions(layout, d, seed, scheme) if scope == "block" else _global_region(layout, d, seed, scheme)
+def _hashed(regions, isometric):
     permutations = tuple(_permutations(region) for region in regions)
-    scales = []
-    for region, rho in zip(regions, permutations):
-        sizes = group_sizes(region, rho)
-        scale = 1 / np.sqrt(np.maximum(sizes, 1)) if isometric else np.ones(region.d)
-        scales.append(scale.astype(np.float32))
+    sizes = [group_sizes(region, rho) for region, rho in zip(regions, permutations)]
     keys = tuple(np.array(uint64.split(_hash_key(region)), np.uint32) for region in regions)
-    for table in (*permutations, *scales, *keys):
+    tables = permutations, tuple(_scale(n, isometric) for n in sizes), keys
+    for table in (*tables[0], *tables[1], *keys):
         table.flags.writeable = False  # equal partitions share their tables
-    return Partition(permutations, tuple(scales), keys, scheme, scope, seed, d, isometric, layout, regions)
+    return tables
+
+
+def _scale(sizes, isometric):
+    return (1 / np.sqrt(np.maximum(sizes, 1)) if isometric else np.ones(len(sizes))).astype(np.float32)
+
+
+def _by_magnitude(layout, region, isometric, params):
+    leaves = {} if params is None else dict(named_leaves(params))
+    values = [leaves.get(leaf.path) for leaf in layout.leaves]
+    if any(isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct, type(None))) for value in values):
+        raise TypeError(
+            "signed_magnitude reads the weights, which are not at hand here (traced, or shapes alone). Make its Partition "
+            "outside of jit with make_partition(..., params=params), or pass method.tables(params) to the program."
+        )
+    flat = np.empty(layout.size, np.float32)
+    indices = [_indices(leaf) for leaf in layout.leaves]
+    for index, value in zip(indices, values):
+        flat[index] = np.asarray(value, np.float32)
+    groups = magnitude_groups(flat, region.d)
+    ids = {leaf.path: groups[index] for leaf, index in zip(layout.leaves, indices)}
+    sizes = np.bincount(groups, minlength=region.d)
+    return (np.zeros((0, region.d), np.int32),), (_scale(sizes, isometric),), (ids,)
+
+
+def magnitude_groups(weights: np.ndarray, d: int) -> np.ndarray:
+    """The definition of signed_magnitude: int32 group ids of all N weights in canonical order."""
+    groups = np.empty(len(weights), np.int32)
+    negative = weights < 0
+    n = int(negative.sum())
+    k = min(max(d * n // len(weights), n > 0), d - (n < len(weights)))
+    for chosen, first, count in ((negative, 0, k), (~negative, k, d - k)):
+        order = np.flatnonzero(chosen)[np.argsort(np.abs(weights[chosen]), kind="stable")]
+        ranks = np.arange(1, len(order) + 1, dtype=np.int64)
+        groups[order] = first + (ranks * max(count, 1) - 1) // max(len(order), 1)
+    return groups
+
+
+def _indices(leaf: Leaf) -> np.ndarray:
+    """The canonical index of each element, int64 of the leaf's shape."""
+    steps = np.meshgrid(*(np.arange(n) * step for n, step in zip(leaf.shape, leaf.strides)), indexing="ij", sparse=True)
+    return leaf.offset + sum(steps, np.zeros(leaf.shape, np.int64))
 
 
 def seed_to_int(seed) -> int:
@@ -224,7 +291,7 @@ Part = tuple[int, int | jax.Array, int]  # (axis, start, length): a slice of a l
 def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None, key=None) -> jax.Array:
     """Where each element of a leaf finds its value: positions in the region's flattened table, in a compiled program.
 
-    The table is rho applied to scaled theta, (8, d), for balanced-v1, and scaled theta itself, (d,), for splitmix64.
+    The table is rho applied to scaled theta, (8, d), for balanced-v1, and scaled theta itself, (d,), for the others.
 
     Args:
       layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
@@ -235,6 +302,9 @@ def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None, key=
       int32 of the shape of what is asked for. Computed element by element from a small table for each axis, exactly for any
       N < 2^64.
     """
+    if region.scheme == SIGNED_MAGNITUDE:
+        ids = key if layer is None else jax.lax.dynamic_index_in_dim(key, layer, keepdims=False)
+        return ids if part is None else jax.lax.dynamic_slice_in_dim(ids, part[1], part[2], part[0])
     key = uint64.split(_hash_key(region)) if key is None else tuple(key)
     picks = {} if layer is None else {0: (layer, 1)}  # axis: (start, length)
     if part is not None:

@@ -185,18 +185,8 @@ def value_and_grad(loss: Callable, method, shardings, accumulate: int = 1) -> Ca
 
                 return loss(adapt, frozen, batch, model_key)
 
-            if accumulate == 1:
-                value, gradient = jax.value_and_grad(local_loss)(copies, batch, key)
-                return value[None], gradient
-
-            def add(total, part):
-                return jax.tree.map(jnp.add, total, jax.value_and_grad(local_loss)(copies, *part)), None
-
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-            keys = None if key is None else jax.random.split(key, accumulate)
-            zeros = (jnp.zeros(()), jnp.zeros_like(copies))
-            (value, gradient), _ = jax.lax.scan(add, zeros, (parts, keys))
-            return value[None] / accumulate, gradient / accumulate
+            value, gradient = in_parts(local_loss, accumulate)(copies, batch, key)
+            return value[None], gradient
 
         on_fsdp = jax.tree.map(lambda s: P(*[axis if axis == "fsdp" else None for axis in s.spec]), shardings)
         values, gradients = jax.shard_map(
@@ -208,6 +198,28 @@ def value_and_grad(loss: Callable, method, shardings, accumulate: int = 1) -> Ca
             check_vma=False,
         )(copies, frozen, batch, key, tables, jnp.arange(shards))
         return values.mean(), unravel(gradients.sum(0) / shards)
+
+    return compute
+
+
+def in_parts(loss: Callable, accumulate: int) -> Callable:
+    """f(trained, batch, key) -> (value, gradient) of loss(trained, batch, key), the mean over the rows of a batch.
+
+    The batch goes through in so many equal parts, one after another, each with dropout of its own.
+    """
+
+    def compute(trained, batch, key):
+        if accumulate == 1:
+            return jax.value_and_grad(loss)(trained, batch, key)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(trained, *part)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        keys = None if key is None else jax.random.split(key, accumulate)
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+        total, _ = jax.lax.scan(add, zeros, (parts, keys))
+        return jax.tree.map(lambda x: x / accumulate, total)
 
     return compute
 

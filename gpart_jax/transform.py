@@ -49,7 +49,7 @@ def gpart_transform(
         of the compiled program instead of constants in it, and which fixes targets, scheme, scope and isometric.
       targets: which leaves to adapt: regular expression(s) searched for in the leaf's path, a predicate `(path, leaf)`,
         a `Layout`, or None for every floating-point leaf. See `canonical_layout`.
-      scheme: "balanced-v1" or "splitmix64"; see `partition.py`.
+      scheme: "balanced-v1", "splitmix64" or "signed_magnitude"; see `partition.py`.
       scope: "global", or "block" for a slice of theta for each numbered block.
       isometric: scale the columns of P so that P^T P = I.
       dropout: probability with which each entry of P theta is zeroed (the others are divided by 1 - dropout). Needs `key`;
@@ -78,7 +78,7 @@ def gpart_transform(
     else:
         layout = canonical_layout(params, targets)
         partition = partitions.make_partition(
-            layout, theta.shape[0], seed, scheme=scheme, scope=scope, isometric=isometric
+            layout, theta.shape[0], seed, scheme=scheme, scope=scope, isometric=isometric, params=params
         )
 
     return bind(partition, theta, dropout, key if dropout else None)(params)
@@ -111,25 +111,26 @@ def bind(
         scaled = theta[..., region.start : region.start + region.d] * scale  # float32 or wider, as scale is
         table = _table(scaled, rho) if split is None else jax.vmap(_table, (0, None))(scaled, rho)
         for view in region.views:
+            key_of = own[view.leaf.path] if isinstance(own, dict) else own
             number = sum(map(len, views.values()))
             mask_key = None if key is None else jax.random.fold_in(key, number)
-            views.setdefault(view.leaf.path, []).append((view, region, own, table, mask_key))
+            views.setdefault(view.leaf.path, []).append((view, region, key_of, table, mask_key))
 
     def delta(path, layer):
         parts = {}
-        for view, region, own, table, mask_key in views[path]:
+        for view, region, key_of, table, mask_key in views[path]:
             if layer is not None and not view.leaf.stacked:
                 raise ValueError(
                     f"{path!r} can't be adapted layer by layer: that takes scope='global' and a layout that numbers it as "
                     f"stacked (canonical_layout(..., stacked=...)). Otherwise adapt params before the scan."
                 )
             if split is None:
-                part = _delta(region, view.leaf, own, table, layer)
+                part = _delta(region, view.leaf, key_of, table, layer)
             else:
                 axis = split[path]
                 if axis is not None and view.layer is not None:  # the view is one layer
                     axis -= 1
-                part = _delta_on_mesh(region, view.leaf, axis, own, table, layer)
+                part = _delta_on_mesh(region, view.leaf, axis, key_of, table, layer)
             if mask_key is not None:
                 part = _drop_leaf(part, dropout, mask_key, view.leaf.stacked, layer)
             parts[view.layer] = part

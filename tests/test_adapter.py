@@ -63,7 +63,8 @@ def test_it_says_how_it_was_made_defaults_included(params, tmp_path):
     header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
     metadata = json.loads(header["__metadata__"]["gpart_jax"])
     assert metadata["method"] == SPECS[0] | {
-        "scheme": "balanced-v1", "scope": "global", "isometric": True, "dropout": 0.0, "stacked": None
+        "scheme": "balanced-v1", "scope": "global", "isometric": True, "dropout": 0.0, "init_bound": 0.0,
+        "stacked": None
     }  # fmt: skip
     assert metadata["n"] == 60 and metadata["head_targets"] == HEAD
 

@@ -200,6 +200,7 @@ def test_permutations_meet_every_position_once(bits):
 STACKED = {
     "gpart": gpart(300, 3, stacked="^layers"),
     "gpart, elements": gpart(40, 3, stacked="^layers"),
+    "signed_magnitude": gpart(40, targets="layers", scheme="signed_magnitude", stacked="^layers"),
     "lora": lora(2),
     "uni_lora": uni_lora(90, 2, 3, stacked="^layers"),
     "vera": vera(4, 3),
@@ -216,14 +217,14 @@ def test_layers_one_by_one_are_the_whole_and_tables_may_be_arguments(name):
     trainable = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), method.init(params, jax.random.key(1))
     )
-    whole = jax.jit(method.apply)(params, trainable)
+    whole = method.apply(params, trainable)
     tables = method.tables(params)
     again = jax.jit(method.apply)(params, trainable, None, tables)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), again, whole)
 
     @jax.jit
     def one_by_one(params, trainable):
-        adapt = method.bind(params, trainable)
+        adapt = method.bind(params, trainable, tables=tables)
         body = lambda _, slices: (None, adapt({"layers": slices[1]}, layer=slices[0])["layers"])  # noqa: E731
         return jax.lax.scan(body, None, (jnp.arange(3), params["layers"]))[1]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpart_jax import Layout, Leaf, Partition, canonical_layout, make_partition
-from gpart_jax.partition import SCHEMES, Region, View, chunks, group_ids, group_sizes, seed_to_int, slots
+from gpart_jax.partition import SCHEMES, Region, View, chunks, group_ids, group_sizes, magnitude_groups, seed_to_int, slots
 
 DATA = Path(__file__).parent / "data" / "partition"
 ORACLE = runpy.run_path(DATA / "make_golden.py")  # plain Python integers, independent of the library
@@ -219,6 +219,51 @@ def test_slots_of_the_largest_d():
         c, r = divmod(index, d)
         h = stream(stream(1, 8), c)
         assert slot == (h % 8) * d + (r + (h >> 32) % d) % d
+
+
+# ---------------------------------------------------------------------------------------------------- signed_magnitude
+
+
+@given(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=60), st.data())
+def test_signed_magnitude_is_even_quantiles_of_each_sign(values, data):
+    weights = np.array(values, np.float32)
+    d = data.draw(st.integers(1, len(values)))
+    groups = magnitude_groups(weights, d)
+    negative = groups[weights < 0], np.abs(weights[weights < 0])
+    positive = groups[weights >= 0], weights[weights >= 0]
+    assert np.bincount(groups, minlength=d).min() >= 1  # none is empty
+    if d > 1 and len(negative[0]) and len(positive[0]):
+        assert negative[0].max() < positive[0].min()
+    for ids, magnitude in (negative, positive):
+        order = np.argsort(magnitude, kind="stable")
+        assert np.all(np.diff(ids[order]) >= 0)
+        sizes = np.bincount(ids)[np.unique(ids)]
+        assert not len(sizes) or sizes.max() - sizes.min() <= 1
+
+
+def test_signed_magnitude_beside_the_authors():
+    """Group sizes are theirs; group ids differ by at most one, where magnitudes are close (they order those otherwise)."""
+    agree = []
+    for case in json.loads((DATA / "signed_magnitude_group_ids.json").read_text()):
+        found, theirs = magnitude_groups(np.array(case["values"], np.float32), case["d"]), np.array(case["group_ids"])
+        assert np.array_equal(np.bincount(found), np.bincount(theirs))
+        assert np.abs(found - theirs).max() <= (1 if case["d"] < len(theirs) else 2)  # there every weight has its own
+        agree.append(np.mean(found == theirs))
+    np.testing.assert_allclose(agree, [22 / 24, 56 / 60, 29 / 40])
+
+
+def test_signed_magnitude_reads_the_weights_in_canonical_order():
+    weights = np.random.default_rng(0).standard_normal((3, 6, 5)).astype(np.float32)
+    params = {"layers": {"w": weights}}
+    layout_ = canonical_layout(params, stacked="^layers", transposed="w")
+    partition = make_partition(layout_, 7, 0, scheme="signed_magnitude", params=params)
+    expected = magnitude_groups(weights.transpose(0, 2, 1).reshape(-1), 7).reshape(3, 5, 6).transpose(0, 2, 1)
+    assert np.array_equal(partition.keys[0]["layers/w"], expected)
+    np.testing.assert_allclose(partition.scales[0], np.bincount(expected.reshape(-1)) ** -0.5, rtol=1e-6)
+    with pytest.raises(TypeError, match="signed_magnitude reads the weights.*pass method.tables"):
+        make_partition(layout_, 7, 0, scheme="signed_magnitude")
+    with pytest.raises(ValueError, match="needs scope='global'"):
+        make_partition(layout_, 7, 0, scheme="signed_magnitude", scope="block", params=params)
 
 
 # ------------------------------------------------------------------------------------------------- partition and seeds

@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.data import Task
 from experiments.step import make_language_loss, make_loss, make_train_step
-from gpart_jax import canonical_layout, chain, full, gpart, head, lora, make_partition, sharding
+from gpart_jax import (
+    canonical_layout, chain, fastfood, full, gpart, head, lora, make_partition, sharding, uni_lora, vera,
+)  # fmt: skip
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
 from gpart_jax.transform import contract, expand
@@ -129,6 +131,10 @@ METHODS = {
     "gpart": gpart(D, 1, targets="(query|value)/kernel", dropout=0.1, stacked="^layers"),
     "gpart, a few elements": gpart(40, 1, targets="(query|value)/(kernel|bias)", stacked="^layers"),
     "splitmix64": gpart(D, 1, targets="(query|value)/kernel", scheme="splitmix64", stacked="^layers"),
+    "signed_magnitude": gpart(D, targets="(query|value)/kernel", scheme="signed_magnitude", stacked="^layers"),
+    "uni_lora": uni_lora(90, 2, targets="(query|value)/kernel", stacked="^layers"),
+    "vera": vera(4, targets="(query|value)/kernel"),
+    "fastfood": fastfood(D, targets="(query|value)/kernel", stacked="^layers"),
     "lora and a head": chain(lora(4, targets="(query|value)/kernel"), head("^lm_head/")),
     "full": full(),
 }
@@ -145,8 +151,10 @@ def test_every_methods_gradient_is_that_of_the_whole_model(name):
     trainable = tree.unflatten([x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
     batch["weights"] = np.asarray(batch.pop("loss_mask"), np.float32)
 
+    tables = method.tables(params)
+
     def whole(trainable):
-        params_ = method.apply(params, trainable, jax.random.split(key)[0])
+        params_ = method.apply(params, trainable, jax.random.split(key)[0], tables)
         return loss(lambda part, layer=None: part, params_, batch)
 
     expected = jax.jit(jax.value_and_grad(whole))(trainable)
@@ -155,7 +163,7 @@ def test_every_methods_gradient_is_that_of_the_whole_model(name):
     compute = jax.jit(sharding.value_and_grad(loss, method, shardings, accumulate))
     found = compute(
         sharding.replicate(trainable, mesh), sharding.place(params, shardings), sharding.global_batch(batch, mesh),
-        jax.random.wrap_key_data(sharding.replicate(jax.random.key_data(key), mesh)),
+        jax.random.wrap_key_data(sharding.replicate(jax.random.key_data(key), mesh)), sharding.replicate(tables, mesh),
     )  # fmt: skip
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * max(1, np.abs(b).max()))

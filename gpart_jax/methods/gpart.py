@@ -1,13 +1,11 @@
 """GPart as a method."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from gpart_jax import transform
 from gpart_jax.methods.base import Method
-from gpart_jax.partition import make_partition
+from gpart_jax.partition import Partition, make_partition, regions_of, seed_to_int
 from gpart_jax.sharding import tensor_axis
 from gpart_jax.targets import Layout, Targets, canonical_layout, named_leaves
 
@@ -39,21 +37,24 @@ def gpart(
     if init_bound < 0:
         raise ValueError(f"init_bound = {init_bound} must not be negative.")
 
-    def partition_of(params):
-        layout = canonical_layout(params, targets, stacked=stacked)
-        return make_partition(layout, d, seed, scheme=scheme, scope=scope, isometric=isometric)
-
     def init(params, key):
-        partition_of(params)  # so that a bad d or target fails here, not in the first step
+        layout = canonical_layout(params, targets, stacked=stacked)
+        regions_of(layout, d, seed, scheme=scheme, scope=scope)  # so that a bad d or target fails here, not later
         return {"theta": jax.random.uniform(key, (d,), jnp.float32, -init_bound, init_bound)}
 
     def make_tables(params):
-        return partition_of(params).tables
+        layout = canonical_layout(params, targets, stacked=stacked)
+        options = dict(scheme=scheme, scope=scope, isometric=isometric, params=params)
+        return make_partition(layout, d, seed, **options).tables
 
     def bind(params, trainable, key=None, on_mesh=False, tables=None):
-        partition = partition_of(params)
-        if tables is not None:
-            partition = dataclasses.replace(partition, **tables)
+        layout = canonical_layout(params, targets, stacked=stacked)
+        regions = regions_of(layout, d, seed, scheme=scheme, scope=scope)
+        tables = make_tables(params) if tables is None else tables
+        partition = Partition(
+            **tables, scheme=scheme, scope=scope, seed=seed_to_int(seed), d=d, isometric=isometric, layout=layout,
+            regions=regions,
+        )  # fmt: skip
         leaves = dict(named_leaves(params))
         split = {leaf.path: tensor_axis(leaves[leaf.path]) for leaf in partition.layout.leaves} if on_mesh else None
         return transform.bind(partition, trainable["theta"], dropout, key if dropout else None, split)

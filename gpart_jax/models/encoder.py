@@ -216,5 +216,33 @@ def _norm(config, dtype, name):
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
+class Dropout(nn.Module):
+    """Dropout whose mask doesn't depend on how far a batch is padded, so that padding changes nothing in training.
+
+    Args:
+      x: (B, H), (B, L, H), or attention weights (B, A, L, L).
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, train: bool) -> jax.Array:
+        if not train or self.rate == 0:
+            return x
+        key, keep = self.make_rng("dropout"), 1 - self.rate
+
+        def mask(key, *shape):  # random bits are numbered in row-major order: more rows leave the first as they are
+            return jax.random.bernoulli(key, keep, shape)
+
+        if x.ndim == 2:
+            kept = mask(key, *x.shape)
+        elif x.ndim == 3:
+            kept = mask(key, x.shape[1], x.shape[0], x.shape[2]).transpose(1, 0, 2)
+        else:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[2]))  # of each query
+            kept = jax.vmap(lambda key: mask(key, x.shape[3], *x.shape[:2]))(keys).transpose(2, 3, 0, 1)
+        return jnp.where(kept, x / keep, 0)
+
+
 def _dropout(rate, x, train):
-    return nn.Dropout(rate)(x, deterministic=not train)
+    return Dropout(rate)(x, train)

@@ -1,0 +1,177 @@
+"""Runs trained together: equal to the same runs alone, on one device and on several, killed and continued."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from experiments.evaluate import Experiment
+from experiments.population import _share, train_population
+from experiments.train import train
+from gpart_jax import chain, gpart, head
+from gpart_jax.models.encoder import Dropout
+from tests.experiments.test_train import last_step, logged
+
+ROOT = pathlib.Path(__file__).parents[2]
+SEEDS, RATES = (1, 2, 3, 4), (5e-3, 1e-2, 2e-2, 5e-3)
+
+
+def members(make_config, method="gpart", epochs=1):
+    configs = []
+    for seed, rate in zip(SEEDS, RATES):
+        config = make_config(method)
+        config.seed, config.optimizer.lr, config.train.epochs = seed, rate, epochs
+        config.model.dropout = 0.1  # of members whose batches differ in length
+        config.train.batch_size, config.train.log_every, config.train.checkpoint_every = 128, 5, 10  # 40 steps
+        if "seed" in config.method:
+            config.method.seed = 10 + seed
+        configs.append(config)
+    return configs
+
+
+def check_equal(alone, together):
+    ours, theirs = (load_file(workdir / "adapter.safetensors") for workdir in (together, alone))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=2e-4, err_msg=name)
+    losses = [[row["loss"] for row in logged(workdir) if "loss" in row] for workdir in (alone, together)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    results = [json.loads((workdir / "results.json").read_text()) for workdir in (alone, together)]
+    assert results[1]["population"] == 4
+    for name in ("test", "validation", "best_epoch", "steps", "trained_numbers", "adapter_bytes", "seed"):
+        assert results[0][name] == results[1][name], name
+
+
+def test_members_end_as_the_same_runs_do_alone(make_config, tmp_path):
+    configs = members(make_config)
+    devices = jax.devices()[:1]
+    alone = [tmp_path / f"alone{n}" for n in range(4)]
+    for config, workdir in zip(configs, alone):
+        train(config, workdir, devices)
+    thetas = [load_file(workdir / "adapter.safetensors")["theta"] for workdir in alone]
+    assert min(np.abs(a - b).max() for n, a in enumerate(thetas) for b in thetas[:n]) > 1e-3  # so there is something to tell
+    for name, used in (("one", 1), ("two", 3)):  # of three devices two are used: they divide four members
+        together = [tmp_path / f"{name}{n}" for n in range(4)]
+        train_population(configs, together, jax.devices()[:used])
+        for one, other in zip(alone, together):
+            check_equal(one, other)
+            assert f"{2 if used == 3 else 1} x cpu" in (other / "results.json").read_text()
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "fastfood"])
+def test_other_methods_members(make_config, tmp_path, method):
+    configs = members(make_config, method)[:2]
+    for config in configs:
+        config.train.batch_size = 512  # ten steps
+        if method == "fastfood":
+            config.method.d = 100
+        if method == "vera":
+            config.method.rank = 4
+    workdirs = [tmp_path / f"{n}" for n in range(3)]
+    train_population(configs, workdirs[:2], jax.devices()[:1])
+    train(configs[1], workdirs[2], jax.devices()[:1])
+    ours, theirs = (load_file(workdir / "adapter.safetensors") for workdir in workdirs[1:])
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
+
+
+SCRIPT = """
+import pathlib, sys, ml_collections, json
+from absl import flags, logging
+flags.FLAGS(["population"])
+from experiments.evaluate import Experiment
+from experiments.population import _share, train_population
+configs = [ml_collections.ConfigDict(json.loads(text)) for text in json.loads(sys.stdin.read())]
+train_population(configs, [pathlib.Path(sys.argv[1]) / str(n) for n in range(len(configs))])
+"""
+
+
+def start(configs, workdir):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, workdir], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=os.environ | {"XLA_FLAGS": ""},
+    )  # fmt: skip
+    process.stdin.write(json.dumps([config.to_json() for config in configs]))
+    process.stdin.close()
+    return process
+
+
+def test_killed_or_told_to_stop_a_population_goes_on(make_config, tmp_path):
+    configs = members(make_config, epochs=2)[:2]
+    train_population(configs, [tmp_path / "whole" / n for n in "01"], jax.devices()[:1])
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        process = start(configs, tmp_path / "broken")
+        before = last_step(tmp_path / "broken" / "1" / "metrics.jsonl")
+        while last_step(tmp_path / "broken" / "1" / "metrics.jsonl") < before + 15 and process.poll() is None:
+            pass
+        process.send_signal(number)
+        assert process.wait() == code, process.stdout.read()
+    process = start(configs, tmp_path / "broken")
+    assert process.wait() == 0, process.stdout.read()
+    for n in "01":
+        one, other = ((tmp_path / name / n) for name in ("whole", "broken"))
+        assert (one / "adapter.safetensors").read_bytes() == (other / "adapter.safetensors").read_bytes()
+        assert logged(one) == logged(other)
+
+
+def test_a_members_checkpoint_is_that_of_a_run_alone(make_config, tmp_path):
+    """A kill between two members' saves leaves them at different steps: the population goes on from the earlier."""
+    configs = members(make_config)[:2]
+    whole, mixed = ([tmp_path / name / str(n) for n in range(2)] for name in ("whole", "mixed"))
+    train_population(configs, whole, jax.devices()[:1])
+    interrupted = start(configs, tmp_path / "mixed")
+    while last_step(mixed[1] / "metrics.jsonl") < 15 and interrupted.poll() is None:
+        pass
+    interrupted.kill()
+    interrupted.wait()
+    train(configs[0], mixed[0], jax.devices()[:1])  # goes on alone
+    assert len(logged(mixed[0])) == len(logged(whole[0]))
+    train_population(configs, mixed, jax.devices()[:1])  # and the other, without it
+    for one, other in zip(whole, mixed):
+        ours, theirs = (load_file(workdir / "adapter.safetensors") for workdir in (one, other))
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], atol=2e-4)
+
+
+def test_members_that_cannot_share_a_program_are_refused(make_config, tmp_path):
+    one, other = members(make_config)[:2]
+    other.method.d = 99
+    with pytest.raises(ValueError, match="Members of a population differ in method.d. They may differ in seed, method.s"):
+        train_population([one, other], [tmp_path / "a", tmp_path / "b"])
+    other.method.d = one.method.d
+    one.mesh.fsdp = other.mesh.fsdp = 2
+    with pytest.raises(ValueError, match="members along 'data'"):
+        train_population([one, other], [tmp_path / "a", tmp_path / "b"])
+
+
+def test_a_frozen_model_has_one_copy_or_cannot_be_shared():
+    def experiment(draw):
+        params = {"classifier": {"kernel": np.full((2, 2), draw, np.float32)}, "query": np.ones((2, 2), np.float32)}
+        return Experiment(None, params, None, None)
+
+    method = gpart(2, targets="query")
+    first, second = _share([experiment(1), experiment(2)], [chain(method, head("^classifier/"))] * 2)
+    assert first.params["query"] is second.params["query"]
+    assert second.params["classifier"]["kernel"][0, 0] == 2
+    with pytest.raises(ValueError, match="'classifier/kernel' is frozen and drawn from the seed"):
+        _share([experiment(1), experiment(2)], [method] * 2)
+
+
+@pytest.mark.parametrize("short, long", [((3, 5, 8), (3, 9, 8)), ((3, 4, 5, 5), (3, 4, 9, 9)), ((3, 8), (3, 8))])
+def test_dropout_does_not_see_padding(short, long):
+    module, rngs = Dropout(0.3), {"dropout": jax.random.key(1)}
+    few, many = (module.apply({}, jnp.ones(shape), True, rngs=rngs) for shape in (short, long))
+    np.testing.assert_array_equal(few, many[tuple(slice(n) for n in short)])
+    big = np.asarray(module.apply({}, jnp.ones((64,) + short[1:-1] + (64,)), True, rngs=rngs))
+    assert set(np.unique(big)) == {0, np.float32(1 / 0.7)} and abs((big == 0).mean() - 0.3) < 0.02
+    if big.ndim > 2:  # masks of positions are not alike
+        assert np.abs(np.corrcoef((big == 0).reshape(64, -1, 64)[:, :, 0].T)[0, 1:]).max() < 0.6
+    np.testing.assert_array_equal(module.apply({}, jnp.ones(short), False), jnp.ones(short))
