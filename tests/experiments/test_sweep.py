@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from configs import glue, quickstart
+from configs import ablation, glue, quickstart
 from experiments import report, sweep, workers
 from experiments.config import check_config
 from experiments.progress import progress_of
+from gpart_jax.methods import from_spec
 
 ROOT = Path(__file__).parents[2]
 STEPS = 2 * 160
@@ -287,3 +288,46 @@ def test_seeds_are_swept_into_one_table(tiny_model, glue_dir, tmp_path):
     # The two differ in their seed alone: what the first compiled serves the second.
     times = sorted(path.stat().st_mtime_ns for path in (tmp_path / ".compiled").iterdir())
     assert times and times[-1] < (model / "seed5" / "results.json").stat().st_mtime_ns
+
+
+def test_runs_that_may_share_a_program_are_grouped_in_order():
+    made = sweep.make_runs(quickstart.get_config(), ["method.d=16,32", "optimizer.lr=0.1,0.2"], [0, 1, 2], Path("w"))
+    groups = workers.together(made, 4)
+    shown = [[(run.config.method.d, run.config.optimizer.lr, run.config.seed) for run in group] for group in groups]
+    cell = [(lr, seed) for lr in (0.1, 0.2) for seed in (0, 1, 2)]
+    assert shown == [[(d, *one) for one in part] for d in (16, 32) for part in (cell[:4], cell[4:])]
+    assert [len(group) for group in workers.together(made, 1)] == [1] * 12
+
+
+def test_a_population_is_swept(tiny_model, tmp_path):
+    swept = subprocess.run(
+        [
+            sys.executable, "-m", "experiments.sweep", "--config=configs/ablation.py:init_bound", f"--workdir={tmp_path}",
+            f"--config.model.source={tiny_model}", "--config.method.d=64", "--config.train.epochs=1", "--seeds=2",
+            "--config.train.batch_size=512", "--population=3", "--sweep", "method.init_bound=0.0,0.1",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert swept.returncode == 0, swept.stderr
+    found = report.find_runs(tmp_path)
+    assert [run.results["population"] for run in found] == [2] * 4
+    assert swept.stdout.count("s for 2 together") == 4 and "[4/4]" in swept.stdout
+    log, other = ((run.workdir / "log.txt").read_text() for run in found[:2])
+    assert "2 x gpart: test accuracy" in log and other == f"Trained together with {found[0].workdir}, which has the log.\n"
+
+
+@pytest.mark.parametrize("what", ablation.GRIDS)
+@pytest.mark.parametrize("task", ablation.TASKS)
+def test_every_ablation_is_a_grid(what, task):
+    made = sweep.make_runs(ablation.get_config(f"{what},{task}"), [], [0, 1], Path("w"))
+    assert [run.config.method[what] for run in made] == [value for value in ablation.GRIDS[what] for _ in range(2)]
+    for run in made:
+        check_config(run.config)
+        from_spec(run.config.method.to_dict(), run.config.head_targets)
+
+
+def test_an_unknown_ablation_is_refused():
+    with pytest.raises(ValueError, match="no ablation 'rank'. Choose one of d, scheme"):
+        ablation.get_config("rank")
+    with pytest.raises(ValueError, match="no task 'mnli'. Choose one of quickstart"):
+        ablation.get_config("d,mnli")

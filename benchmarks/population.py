@@ -1,0 +1,49 @@
+"""Several runs as one population against the same runs one after another, in one process: seconds, and their ratio.
+
+  python -m benchmarks.population --config=configs/quickstart.py --config.train.epochs=1 --members=5
+
+Both take in everything: loading, compiling, training, testing. Members differ in their seeds.
+"""
+
+import copy
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments.logger import quiet
+from experiments.population import train_population
+from experiments.train import train
+
+
+def main(_):
+    quiet()
+    configs = []
+    for seed in range(flags.FLAGS.members):
+        config = copy.deepcopy(flags.FLAGS.config)
+        config.seed = seed
+        configs.append(config.copy_and_resolve_references())
+    with tempfile.TemporaryDirectory() as folder:
+        together, alone = ([pathlib.Path(folder) / name / str(c.seed) for c in configs] for name in ("together", "alone"))
+        start = time.perf_counter()
+        train_population(configs, together)
+        middle = time.perf_counter()
+        for config, workdir in zip(configs, alone):
+            train(config, workdir)
+        seconds = {"together": middle - start, "one after another": time.perf_counter() - middle}
+        for (name, total), workdirs in zip(seconds.items(), (together, alone)):
+            results = [json.loads((workdir / "results.json").read_text()) for workdir in workdirs]
+            step = statistics.median(result["seconds_per_step"] for result in results)
+            tests = ", ".join(f"{result['test']:.4f}" for result in results)
+            print(f"{len(configs)} runs {name}: {total:.1f} s, {step:.4f} s a step of one; test {tests}", flush=True)
+    print(f"ratio {seconds['together'] / seconds['one after another']:.2f}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to train: a file of configs/.")
+    flags.DEFINE_integer("members", 5, "How many runs.", lower_bound=2)
+    app.run(main)
