@@ -1,8 +1,8 @@
 """Several runs of one config trained together, in one program with one copy of the frozen model.
 
-Members may differ in what `config.FREE` names: seeds, learning rates, weight decay. Each has its own trainable, optimizer, data order,
-dropout and partition, its own workdir, and the result that the same run has alone; it may even go on alone. The step is
-`jax.vmap` over the members, who are divided over the devices: nothing is communicated between them.
+Members may differ in what `config.FREE` names: seeds, learning rates, weight decay. Each has its own trainable, optimizer,
+data order, dropout and partition, its own workdir, and the result that the same run has alone. The step is `jax.vmap` over
+the members, who are divided over the devices: nothing is communicated between them.
 
 `python -m experiments.sweep --population=5` puts the runs of a sweep together so.
 """

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments.checkpoint import Checkpoints
 from experiments.evaluate import Experiment
 from experiments.population import _share, train_population
 from experiments.train import train
@@ -45,7 +46,7 @@ def check_equal(alone, together):
     losses = [[row["loss"] for row in logged(workdir) if "loss" in row] for workdir in (alone, together)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
     results = [json.loads((workdir / "results.json").read_text()) for workdir in (alone, together)]
-    assert results[1]["population"] == 4
+    assert results[1]["population"] in (2, 4)
     for name in ("test", "validation", "best_epoch", "steps", "trained_numbers", "adapter_bytes", "seed"):
         assert results[0][name] == results[1][name], name
 
@@ -53,28 +54,23 @@ def check_equal(alone, together):
 def test_members_end_as_the_same_runs_do_alone(make_config, tmp_path):
     configs = members(make_config)
     devices = jax.devices()[:1]
-    alone = [tmp_path / f"alone{n}" for n in range(4)]
+    alone = [tmp_path / f"alone{n}" for n in (0, 1)]  # what holds for two holds for all
     for config, workdir in zip(configs, alone):
         train(config, workdir, devices)
     thetas = [load_file(workdir / "adapter.safetensors")["theta"] for workdir in alone]
     assert min(np.abs(a - b).max() for n, a in enumerate(thetas) for b in thetas[:n]) > 1e-3  # so there is something to tell
-    for name, used in (("one", 1), ("two", 3)):  # of three devices two are used: they divide four members
-        together = [tmp_path / f"{name}{n}" for n in range(4)]
-        train_population(configs, together, jax.devices()[:used])
+    for count, used in ((2, 1), (4, 3)):  # of three devices two are used: they divide four members
+        together = [tmp_path / f"{count}-{n}" for n in range(count)]
+        train_population(configs[:count], together, jax.devices()[:used])
         for one, other in zip(alone, together):
             check_equal(one, other)
             assert f"{2 if used == 3 else 1} x cpu" in (other / "results.json").read_text()
 
 
-@pytest.mark.parametrize("method", ["lora", "vera", "fastfood"])
-def test_other_methods_members(make_config, tmp_path, method):
-    configs = members(make_config, method)[:2]
+def test_another_methods_members(make_config, tmp_path):
+    configs = members(make_config, "vera")[:2]
     for config in configs:
-        config.train.batch_size = 512  # ten steps
-        if method == "fastfood":
-            config.method.d = 100
-        if method == "vera":
-            config.method.rank = 4
+        config.train.batch_size, config.method.rank = 512, 4  # ten steps
     workdirs = [tmp_path / f"{n}" for n in range(3)]
     train_population(configs, workdirs[:2], jax.devices()[:1])
     train(configs[1], workdirs[2], jax.devices()[:1])
@@ -87,6 +83,7 @@ SCRIPT = """
 import pathlib, sys, ml_collections, json
 from absl import flags, logging
 flags.FLAGS(["population"])
+from experiments.checkpoint import Checkpoints
 from experiments.evaluate import Experiment
 from experiments.population import _share, train_population
 configs = [ml_collections.ConfigDict(json.loads(text)) for text in json.loads(sys.stdin.read())]
@@ -105,13 +102,13 @@ def start(configs, workdir):
 
 
 def test_killed_or_told_to_stop_a_population_goes_on(make_config, tmp_path):
-    configs = members(make_config, epochs=2)[:2]
+    configs = members(make_config)[:2]
     whole = start(configs, tmp_path / "whole")
     assert whole.wait() == 0, whole.stdout.read()
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
         process = start(configs, tmp_path / "broken")
         before = last_step(tmp_path / "broken" / "1" / "metrics.jsonl")
-        while last_step(tmp_path / "broken" / "1" / "metrics.jsonl") < before + 15 and process.poll() is None:
+        while last_step(tmp_path / "broken" / "1" / "metrics.jsonl") < before + 10 and process.poll() is None:
             pass
         process.send_signal(number)
         assert process.wait() == code, process.stdout.read()
@@ -123,23 +120,27 @@ def test_killed_or_told_to_stop_a_population_goes_on(make_config, tmp_path):
         assert [row["step"] for row in logged(one)] == [row["step"] for row in logged(other)]
 
 
-def test_a_members_checkpoint_is_that_of_a_run_alone(make_config, tmp_path):
-    """A kill between two members' saves leaves them at different steps: the population goes on from the earlier."""
-    configs = members(make_config)[:2]
-    whole, mixed = ([tmp_path / name / str(n) for n in range(2)] for name in ("whole", "mixed"))
-    train_population(configs, whole, jax.devices()[:1])
-    interrupted = start(configs, tmp_path / "mixed")
-    while last_step(mixed[1] / "metrics.jsonl") < 15 and interrupted.poll() is None:
-        pass
-    interrupted.kill()
-    interrupted.wait()
-    train(configs[0], mixed[0], jax.devices()[:1])  # goes on alone
-    assert len(logged(mixed[0])) == len(logged(whole[0]))
-    train_population(configs, mixed, jax.devices()[:1])  # and the other, without it
-    for one, other in zip(whole, mixed):
-        ours, theirs = (load_file(workdir / "adapter.safetensors") for workdir in (one, other))
-        for name in ours:
-            np.testing.assert_allclose(ours[name], theirs[name], atol=2e-4)
+def test_a_kill_between_two_members_saves_leaves_the_earlier_step(tmp_path):
+    """The later one is removed, or the member could not save that step again."""
+    class Batches:
+        def get_state(self):
+            return {"at": self.at}
+
+        def set_state(self, state):
+            self.at = state["at"]
+
+    batches, state = Batches(), {"step": 0, "theta": np.zeros(2)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (10, 20):
+            batches.at = step
+            checkpoints.save({"step": step, "theta": np.full(2, 1.0 * step)}, batches)
+        checkpoints.wait()
+        assert checkpoints.latest_step() == 20
+        restored = checkpoints.restore(state, batches, 10)
+        assert (int(restored["step"]), restored["theta"][0], batches.at) == (10, 10, 10)
+        checkpoints.save({"step": 20, "theta": np.full(2, 7.0)}, batches)
+        assert checkpoints.restore(state, batches)["theta"][0] == 7
+        assert checkpoints.restore(state, batches, 0) is state and checkpoints.latest_step() == 0
 
 
 def test_members_that_cannot_share_a_program_are_refused(make_config, tmp_path):

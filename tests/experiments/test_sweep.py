@@ -278,7 +278,8 @@ def test_seeds_are_swept_into_one_table(tiny_model, glue_dir, tmp_path):
             "--seeds=5,6", f"--config.model.source={tiny_model}", f"--config.task.data_dir={glue_dir}",
             "--config.task.max_length=64", "--config.task.holdout=0.0", "--config.train.epochs=1",
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert swept.returncode == 0, swept.stderr
     found = report.find_runs(tmp_path)

@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
             ("method", "targets", "nothing"),
             r"Target pattern 'nothing' matches no leaf. Paths look like: 'classifier/bias'",
         ),
-        (("method", "name", "magic"), r"Unknown method 'magic'. Choose one of gpart, lora, head, full"),
+        (("method", "name", "magic"), r"Unknown method 'magic'. Choose one of gpart, lora, uni_lora"),
         (("task", "name", "words"), r"Unknown task 'words'. Choose one of lexicon, glue/cola"),
         (("optimizer", "schedule", "steep"), r"Unknown schedule 'steep'"),
         (("train", "batch_size", 10**6), r"batch_size = 1000000 must be between 1 and 5"),
