@@ -28,7 +28,9 @@ def main(_):
         config.seed = seed
         configs.append(config.copy_and_resolve_references())
     with tempfile.TemporaryDirectory() as folder:
-        together, alone = ([pathlib.Path(folder) / name / str(c.seed) for c in configs] for name in ("together", "alone"))
+        together, alone = (
+            [pathlib.Path(folder) / name / str(c.seed) for c in configs] for name in ("together", "alone")
+        )
         start = time.perf_counter()
         train_population(configs, together)
         middle = time.perf_counter()

@@ -81,11 +81,19 @@ def get_config(arguments: str = "sst2") -> ml_collections.ConfigDict:
     config.method = ml_collections.ConfigDict(
         {
             "gpart": dict(
-                name="gpart", d=23_040, targets=attention, scheme="balanced-v1", scope="global", isometric=True,
-                dropout=0.1, init_bound=0.0,
+                name="gpart",
+                d=23_040,
+                targets=attention,
+                scheme="balanced-v1",
+                scope="global",
+                isometric=True,
+                dropout=0.1,
+                init_bound=0.0,
             ),
             "lora": dict(name="lora", rank=8, alpha=8, targets=attention),  # the authors' also drops 10 % of its input
-            "uni_lora": dict(name="uni_lora", d=23_040, rank=4, alpha=4, targets=attention, init_bound=0.02),  # the same
+            "uni_lora": dict(
+                name="uni_lora", d=23_040, rank=4, alpha=4, targets=attention, init_bound=0.02
+            ),  # the same
             "vera": dict(name="vera", rank=256, targets=attention),
             "fastfood": dict(name="fastfood", d=23_040, targets=attention),
             "bitfit": dict(name="bitfit"),

@@ -34,8 +34,15 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
     config.method = ml_collections.ConfigDict(
         {
             "gpart": dict(
-                name="gpart", d=4096, seed=42, targets=attention, scheme="balanced-v1", scope="global", isometric=True,
-                dropout=0.0, init_bound=0.0,
+                name="gpart",
+                d=4096,
+                seed=42,
+                targets=attention,
+                scheme="balanced-v1",
+                scope="global",
+                isometric=True,
+                dropout=0.0,
+                init_bound=0.0,
             ),
             "lora": dict(name="lora", rank=8, alpha=8, targets=attention),
             "uni_lora": dict(name="uni_lora", d=4096, rank=4, alpha=4, seed=42, targets=attention, init_bound=0.02),

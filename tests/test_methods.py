@@ -5,7 +5,20 @@ import pytest
 import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
-from gpart_jax import bitfit, canonical_layout, chain, fastfood, full, gpart, gpart_transform, head, lora, make_partition, uni_lora, vera
+from gpart_jax import (
+    bitfit,
+    canonical_layout,
+    chain,
+    fastfood,
+    full,
+    gpart,
+    gpart_transform,
+    head,
+    lora,
+    make_partition,
+    uni_lora,
+    vera,
+)
 from gpart_jax.methods import from_spec, trained_numbers
 from gpart_jax.methods.fastfood import _hadamard, _permute
 from gpart_jax.partition import group_ids
@@ -128,7 +141,9 @@ def test_uni_lora_is_a_partition_of_the_factors(params):
     method = uni_lora(9, 2, 3, alpha=6, targets=KERNELS)
     theta = np.random.default_rng(0).standard_normal(9).astype(np.float32)
     shapes = [(6, 2), (2, 5)] * 2
-    region = make_partition(canonical_layout([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]), 9, 3).regions[0]
+    region = make_partition(
+        canonical_layout([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]), 9, 3
+    ).regions[0]
     groups = group_ids(region, np.arange(44))
     entries = (theta / np.sqrt(np.bincount(groups)))[groups]
     a0, b0, a1, b1 = (part.reshape(shape) for part, shape in zip(np.split(entries, [12, 22, 34]), shapes))

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpart_jax import Layout, Leaf, Partition, canonical_layout, make_partition
-from gpart_jax.partition import SCHEMES, Region, View, chunks, group_ids, group_sizes, magnitude_groups, seed_to_int, slots
+from gpart_jax.partition import (
+    SCHEMES,
+    Region,
+    View,
+    chunks,
+    group_ids,
+    group_sizes,
+    magnitude_groups,
+    seed_to_int,
+    slots,
+)
 
 DATA = Path(__file__).parent / "data" / "partition"
 ORACLE = runpy.run_path(DATA / "make_golden.py")  # plain Python integers, independent of the library

@@ -14,7 +14,17 @@ from jax.sharding import PartitionSpec as P
 from experiments.data import Task
 from experiments.step import make_language_loss, make_loss, make_train_step
 from gpart_jax import (
-    canonical_layout, chain, fastfood, full, gpart, head, lora, make_partition, sharding, uni_lora, vera,
+    canonical_layout,
+    chain,
+    fastfood,
+    full,
+    gpart,
+    head,
+    lora,
+    make_partition,
+    sharding,
+    uni_lora,
+    vera,
 )  # fmt: skip
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig

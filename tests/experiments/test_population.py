@@ -58,7 +58,9 @@ def test_members_end_as_the_same_runs_do_alone(make_config, tmp_path):
     for config, workdir in zip(configs, alone):
         train(config, workdir, devices)
     thetas = [load_file(workdir / "adapter.safetensors")["theta"] for workdir in alone]
-    assert min(np.abs(a - b).max() for n, a in enumerate(thetas) for b in thetas[:n]) > 1e-3  # so there is something to tell
+    assert (
+        min(np.abs(a - b).max() for n, a in enumerate(thetas) for b in thetas[:n]) > 1e-3
+    )  # so there is something to tell
     for count, used in ((2, 1), (4, 3)):  # of three devices two are used: they divide four members
         together = [tmp_path / f"{count}-{n}" for n in range(count)]
         train_population(configs[:count], together, jax.devices()[:used])
@@ -122,6 +124,7 @@ def test_killed_or_told_to_stop_a_population_goes_on(make_config, tmp_path):
 
 def test_a_kill_between_two_members_saves_leaves_the_earlier_step(tmp_path):
     """The later one is removed, or the member could not save that step again."""
+
     class Batches:
         def get_state(self):
             return {"at": self.at}
@@ -146,7 +149,9 @@ def test_a_kill_between_two_members_saves_leaves_the_earlier_step(tmp_path):
 def test_members_that_cannot_share_a_program_are_refused(make_config, tmp_path):
     one, other = members(make_config)[:2]
     other.method.d = 99
-    with pytest.raises(ValueError, match="Members of a population differ in method.d. They may differ in seed, method.s"):
+    with pytest.raises(
+        ValueError, match="Members of a population differ in method.d. They may differ in seed, method.s"
+    ):
         train_population([one, other], [tmp_path / "a", tmp_path / "b"])
     other.method.d = one.method.d
     one.mesh.fsdp = other.mesh.fsdp = 2

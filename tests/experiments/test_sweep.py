@@ -314,7 +314,9 @@ def test_a_population_is_swept(tiny_model, tmp_path):
     assert [run.results["population"] for run in found] == [2] * 4
     assert swept.stdout.count("s for 2 together") == 4 and "[4/4]" in swept.stdout
     log, other = ((run.workdir / "log.txt").read_text() for run in found[:2])
-    assert "2 x gpart: test accuracy" in log and other == f"Trained together with {found[0].workdir}, which has the log.\n"
+    assert (
+        "2 x gpart: test accuracy" in log and other == f"Trained together with {found[0].workdir}, which has the log.\n"
+    )
 
 
 @pytest.mark.parametrize("what", ablation.GRIDS)
