@@ -114,7 +114,8 @@ def main(_):
     experiment = build(config)
     method, trainable = load_adapter(workdir / "adapter.safetensors", experiment.params)
     shardings = sharding.param_shardings(experiment.params, sharding.make_mesh(), experiment.rules)
-    params = sharding.place(jax.jit(method.apply)(experiment.params, trainable), shardings)
+    tables = method.tables(experiment.params)
+    params = sharding.place(jax.jit(method.apply)(experiment.params, trainable, None, tables), shardings)
     examples = getattr(experiment.task, split)
     if not examples:
         raise app.UsageError(f"This run held out no {split} examples (config.task.holdout).")

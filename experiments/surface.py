@@ -56,8 +56,10 @@ def make_plane(params, adapter: pathlib.Path, radius: float, seed: int = 0) -> P
     if not trained.size:
         raise ValueError(f"{adapter} is a head alone, which stays as it is here. Choose a run of another method.")
 
+    tables = method.tables(params)
+
     def adapt(params, numbers):
-        return method.apply(params, trainable | unravel(numbers))
+        return method.apply(params, trainable | unravel(numbers), None, tables)
 
     @jax.jit
     def distance(params, step):
@@ -76,8 +78,8 @@ def make_plane(params, adapter: pathlib.Path, radius: float, seed: int = 0) -> P
 def moved(params, adapter: pathlib.Path) -> float:
     """The distance in weight space that an adapter moves a model, its head apart."""
     method, trainable = load_adapter(adapter, params)
-    adapted, heads = jax.jit(method.apply)(params, trainable), trainable.get("head", {})
-    pairs = zip(named_leaves(adapted), named_leaves(params))
+    adapted = jax.jit(method.apply)(params, trainable, None, method.tables(params))
+    heads, pairs = trainable.get("head", {}), zip(named_leaves(adapted), named_leaves(params))
     both = {path: (new, old) for (path, new), (_, old) in pairs if path not in heads}
     return float(weight_distance(*zip(*both.values())))
 

@@ -269,3 +269,12 @@ def test_help_shows_the_flags():
     )
     assert "--config" in shown.stdout and "--workdir" in shown.stdout
     assert "Trains one method on one task" in shown.stdout
+
+
+def test_a_partition_that_reads_the_weights_trains_and_is_evaluated(config, tmp_path):
+    config.method.scheme = "signed_magnitude"
+    config.train.batch_size, config.train.epochs = 512, 1
+    results = train(config, tmp_path)
+    command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert f"test accuracy {results['test']:.4f} on 1500 examples" in done.stdout, done.stderr
