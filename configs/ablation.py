@@ -2,7 +2,7 @@
 
 Config:   --config=configs/ablation.py:<what>[,task]
           what: d, scheme, scope, isometric, targets, dropout, init_bound    task: quickstart (default), sst2, rte (MiniLM)
-Expected: docs/ablation.md has d, measured; the others' figures are not at hand.
+Expected: docs/ablation.md has d after one epoch, measured; the other figures are not at hand.
 Command:  python -m experiments.sweep --config=configs/ablation.py:scheme --seeds=5 --workdir=runs/ablation
           python -m experiments.sweep --config=configs/ablation.py:d --seeds=5 --population=5 --workdir=runs/ablation
 Device:   two CPU cores: the quickstart's runs take 1.5 minutes each, SST-2's 8 minutes.
