@@ -5,7 +5,7 @@ Config:   --config=configs/ablation.py:<what>[,task]
 Expected: docs/ablation.md has d after one epoch, measured; the other figures are not at hand.
 Command:  python -m experiments.sweep --config=configs/ablation.py:scheme --seeds=5 --workdir=runs/ablation
           python -m experiments.sweep --config=configs/ablation.py:d --seeds=5 --population=5 --workdir=runs/ablation
-Device:   two CPU cores: the quickstart's runs take 1.5 minutes each, SST-2's 8 minutes.
+Device:   two CPU cores.
 """
 
 import ml_collections

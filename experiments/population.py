@@ -208,7 +208,9 @@ def _share(experiments: list[evaluate.Experiment], methods) -> list[evaluate.Exp
     """
     first = dict(named_leaves(experiments[0].params))
     shapes = jax.eval_shape(methods[0].init, experiments[0].params, jax.random.key(0))
-    trained = {path for part in shapes.values() if isinstance(part, dict) for path in part}
+    trained = {
+        path for name in ("head", "params", "bias") for path in shapes.get(name, {})
+    }  # leaves.py: put in their place
     shared = [experiments[0]]
     for experiment in experiments[1:]:
         same = {}

@@ -17,7 +17,7 @@ from experiments.checkpoint import Checkpoints
 from experiments.evaluate import Experiment
 from experiments.population import _share, train_population
 from experiments.train import train
-from gpart_jax import chain, gpart, head
+from gpart_jax import chain, gpart, head, lora
 from gpart_jax.models.encoder import Dropout
 from tests.experiments.test_train import last_step, logged
 
@@ -170,6 +170,8 @@ def test_a_frozen_model_has_one_copy_or_cannot_be_shared():
     assert second.params["classifier"]["kernel"][0, 0] == 2
     with pytest.raises(ValueError, match="'classifier/kernel' is frozen and drawn from the seed"):
         _share([experiment(1), experiment(2)], [method] * 2)
+    with pytest.raises(ValueError, match="'classifier/kernel' is frozen"):  # LoRA adds to it, and leaves it frozen
+        _share([experiment(1), experiment(2)], [lora(1, targets="classifier/kernel")] * 2)
 
 
 @pytest.mark.parametrize("short, long", [((3, 5, 8), (3, 9, 8)), ((3, 4, 5, 5), (3, 4, 9, 9)), ((3, 8), (3, 8))])
