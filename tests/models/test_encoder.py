@@ -13,7 +13,8 @@ import tokenizers
 
 from gpart_jax import canonical_layout
 from gpart_jax.models.encoder import Attention, EncoderClassifier, EncoderConfig, RobertaHead
-from gpart_jax.models.pretrained import load_encoder, locate
+from gpart_jax.models.pretrained import load_encoder
+from gpart_jax.models.storage import locate
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "encoder"
 TINY = {"bert_pair": 3, "roberta": 2, "bert_regression": 1}  # directory: number of labels

