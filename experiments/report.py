@@ -96,8 +96,10 @@ def rows(runs: list[Run]) -> list[Row]:
 
 def by_model(runs: list[Run]) -> dict[str, list[Row]]:
     """The rows of each model."""
-    models = sorted({run.config["model.source"] for run in runs})
-    return {model: rows([run for run in runs if run.config["model.source"] == model]) for model in models}
+    models = collections.defaultdict(list)
+    for run in runs:
+        models[run.config["model.source"] or "trained from nothing"].append(run)
+    return {model: rows(models[model]) for model in sorted(models)}
 
 
 def markdown(runs: list[Run]) -> str:
@@ -250,18 +252,22 @@ def print_table(results: list[dict]) -> None:
     rich.console.Console().print(table)
 
 
+def write(runs: list[Run], out: pathlib.Path) -> None:
+    """Writes table.md, table.tex, table.csv and the pictures of plots.pictures into a folder, made if need be."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(markdown(runs))
+    (out / "table.tex").write_text(latex(runs))
+    write_csv(runs, out / "table.csv")
+    for model, found in by_model(runs).items():
+        plots.pictures(pathlib.Path(model).name, found, out)
+
+
 def main(_):
     runs = find_runs(pathlib.Path(flags.FLAGS.workdir))
     print(markdown(runs))
     if flags.FLAGS.out:
-        out = pathlib.Path(flags.FLAGS.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(markdown(runs))
-        (out / "table.tex").write_text(latex(runs))
-        write_csv(runs, out / "table.csv")
-        for model, found in by_model(runs).items():
-            plots.pictures(pathlib.Path(model).name, found, out)
-        print(f"Tables and pictures: {out}")
+        write(runs, pathlib.Path(flags.FLAGS.out))
+        print(f"Tables and pictures: {flags.FLAGS.out}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from experiments.data import INPUTS, Task
+from experiments.data import Task
 from gpart_jax.methods import Method
 from gpart_jax.models.decoder import Decoder
 from gpart_jax.sharding import value_and_grad
@@ -20,7 +20,7 @@ def make_loss(model: nn.Module, task: Task) -> Callable:
     """
 
     def loss(adapt, frozen, batch, key=None):
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        inputs = {name: batch[name] for name in task.inputs if name in batch}
         rngs = None if key is None else {"dropout": key}
         logits = model.apply({"params": adapt(frozen)}, **inputs, train=key is not None, rngs=rngs)  # (batch, outputs)
         if task.labels is None:

@@ -23,11 +23,11 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 Rules = Sequence[tuple[str, P]]
-ENCODER: Rules = (
+VIT: Rules = (
     (r"/(query|key|value|intermediate)/kernel$", P("fsdp", "tensor")),
     (r"/(out|output)/kernel$", P("tensor", "fsdp")),
-    (r"embeddings/word/", P("tensor", "fsdp")),
 )
+ENCODER: Rules = (*VIT, (r"embeddings/word/", P("tensor", "fsdp")))
 DECODER_TIED: Rules = (  # layers are stacked along axis 0; the embedding is the output layer too
     (r"^layers/.*/(query|key|value|gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"^layers/.*/(out|down)/kernel$", P(None, "tensor", "fsdp")),

@@ -18,6 +18,7 @@ import safetensors
 WEIGHTS = "model.safetensors"
 HUB_FILES = [
     "config.json",
+    "preprocessor_config.json",
     *(WEIGHTS, "model-*.safetensors", f"{WEIGHTS}.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"),
 ]
@@ -79,6 +80,12 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       FileNotFoundError, ValueError: there is none, or it is no JSON object.
     """
     return _read_json(directory / "config.json")
+
+
+def read_preprocessor(directory: pathlib.Path) -> dict[str, Any]:
+    """The `preprocessor_config.json` of a model of images; empty where there is none."""
+    file = directory / "preprocessor_config.json"
+    return _read_json(file) if file.is_file() else {}
 
 
 def _read_json(file: pathlib.Path) -> dict:
