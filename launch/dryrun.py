@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 def describe(config, mesh, length: int | None = None) -> Step:
-    """The step of a config on a mesh, for batches of `length` tokens (None: the longest that the task has)."""
+    """The step of a config on a mesh, for texts of `length` tokens (None: the longest that the task has)."""
     described, dtype = published.CONFIGS.get(config.model.source), jnp.dtype(config.model.dtype)
     if (file := pathlib.Path(config.model.source) / "config.json").is_file():
         described = json.loads(file.read_text())
@@ -211,9 +211,12 @@ def main(_):
         raise app.UsageError(str(error)) from error
     trained = trained_numbers(step.arguments[0])
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    rows, length = step.arguments[3]["input_ids"].shape
+    batch = step.arguments[3]
+    text = "input_ids" in batch
+    rows, *sizes = batch["input_ids" if text else "pixel_values"].shape
     print(
-        f"{config.model.source}: {step.params:,} numbers, {trained:,} trained ({config.method.name}); {rows} x {length} tokens"
+        f"{config.model.source}: {step.params:,} numbers, {trained:,} trained ({config.method.name}); "
+        f"{rows} {'x' if text else 'images of'} {' x '.join(map(str, sizes))}{' tokens' if text else ''}"
     )
     print(f"{count} devices: {shape}; compiled for {chip if on_tpu else 'virtual CPU devices'}", flush=True)
 
@@ -237,5 +240,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("mesh", "data:-1", "Sizes of the axes data, fsdp and tensor; -1: the rest of the devices.")
     flags.DEFINE_integer("devices", 64, "How many devices.", lower_bound=1)
     flags.DEFINE_enum("chip", None, list(CHIPS), "Which chip; none: say of each whether it has the memory.")
-    flags.DEFINE_integer("length", None, "Tokens of every example; none: config.task.max_length.", lower_bound=2)
+    flags.DEFINE_integer("length", None, "Tokens of every text; none: config.task.max_length.", lower_bound=2)
     app.run(main)
