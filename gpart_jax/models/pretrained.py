@@ -10,7 +10,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from gpart_jax.models import encoder, vit
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
-from gpart_jax.models.storage import WEIGHTS, Tensor, locate, open_tensors, read_config
+from gpart_jax.models.storage import WEIGHTS, Tensor, locate, open_tensors, read_config, replace
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
 
 logger = logging.getLogger(__name__)
@@ -199,11 +199,5 @@ def save(directory: str | os.PathLike, model: nn.Module, params, labels: Sequenc
     if labels is not None:
         described["id2label"] = dict(enumerate(labels))
         described["label2id"] = {label: number for number, label in enumerate(labels)}
-    _replace(directory / "config.json", lambda file: file.write_text(json.dumps(described, indent=2) + "\n"))
-    _replace(directory / WEIGHTS, lambda file: safetensors.numpy.save_file(tensors, file, {"format": "pt"}))
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(beside)
-    os.replace(beside, path)
+    replace(directory / "config.json", lambda file: file.write_text(json.dumps(described, indent=2) + "\n"))
+    replace(directory / WEIGHTS, lambda file: safetensors.numpy.save_file(tensors, file, {"format": "pt"}))
