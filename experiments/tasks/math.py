@@ -177,15 +177,14 @@ def _records(path: pathlib.Path, fields: tuple[str, ...]) -> list[tuple[str, dic
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
-            lines = (
-                [json.loads(line) for line in text.splitlines() if line.strip()]
-                if file.suffix == ".jsonl"
-                else json.loads(text)
-            )
+            if file.suffix == ".jsonl":
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            else:
+                rows = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{file} is no {file.suffix[1:].upper()} ({error}). Download or copy it again.") from error
-        lines = lines if isinstance(lines, list) else [lines]
-        records += [(f"{file}, record {number}", row) for number, row in enumerate(lines)]
+            raise ValueError(f"{file} is damaged or not JSON ({error}). Download or copy it again.") from error
+        rows = rows if isinstance(rows, list) else [rows]
+        records += [(f"{file}, record {number}", row) for number, row in enumerate(rows)]
     for where, row in records:
         for field in fields:
             text = row.get(field) if isinstance(row, dict) else None
