@@ -96,15 +96,17 @@ def read_gsm8k(split: str, data_dir: str | None = None) -> list[dict]:
         )
     try:
         source = builder.as_data_source(split=split)
-        rows = source.__getitems__(range(len(source)))
-    except Exception as error:  # TFDS, array_record and the file system have a type for each
+        rows = [
+            [row[name].decode("utf-8", "replace").strip() for name in ("question", "answer")]
+            for row in source.__getitems__(range(len(source)))
+        ]
+    except Exception as error:  # TFDS, array_record and the file system have a type for each; a cut text is None
         raise ValueError(
             f"The {split} split of gsm8k in {where} cannot be read ({error}). Remove that folder and prepare it again:\n"
             f"  {prepare}"
         ) from error
     examples = []
-    for idx, row in enumerate(rows):
-        question, solution = (row[name].decode("utf-8", "replace").strip() for name in ("question", "answer"))
+    for idx, (question, solution) in enumerate(rows):
         steps, _, answer = (part.strip() for part in re.sub(r"<<.*?>>", "", solution).rpartition("####"))
         if not question or not steps or not answer:
             raise ValueError(
