@@ -1,7 +1,7 @@
 """What a completion answers and whether that is right: the rules for GSM8K (arXiv 2110.14168) and MATH (2103.03874).
 
-GSM8K: the number after the last "the answer is" or "answer:", else the last number; right when numerically equal. MATH: what
-follows the last "The answer is:", else the last box; right when mathematically equal, as the package math-verify sees it.
+GSM8K: the number after the last "the answer is" or "answer:", else the last number; right when numerically equal. MATH:
+what follows the last "The answer is:", else the last box; right when mathematically equal, as math-verify sees it.
 """
 
 import re
@@ -13,7 +13,7 @@ import math_verify
 
 _INTEGER = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
 NUMBER = re.compile(
-    r"(?P<minus>(?<![\w)}])[-\u2212])?\s?(?:\\?\$)?\s?(?:"  # 10-3 ends in 3, not in -3
+    r"(?P<minus>(?<![\w)}])[-\u2212])?(?:\\?\$)?(?:"  # 10-3 ends in 3, not in -3
     r"(?P<units>\d+[ -])?(?P<top>\d+)/(?P<bottom>\d+)"  # 1/2, and 1 1/2
     r"|\\[dt]?frac\{(?P<latex_top>\d+)\}\{(?P<latex_bottom>\d+)\}"
     rf"|(?P<decimal>(?:{_INTEGER})(?:\.\d+)?|\.\d+))"
@@ -32,7 +32,7 @@ def gsm8k_answer(completion: str) -> str | None:
     found = NUMBER.search(text, markers[-1].end()) if markers else None
     if found is None:
         *_, found = [None, *NUMBER.finditer(text)]
-    return None if found is None else found.group().strip()
+    return None if found is None else found.group()
 
 
 def gsm8k_equal(answer: str, right: str) -> bool:

@@ -1,8 +1,8 @@
-"""Mathematical reasoning, the data alone: MetaMathQA (arXiv 2309.12284) and GSM8K (2110.14168) to train on, GSM8K and MATH
-(2103.03874) to test on, and word problems that are made here, for a first run without any file.
+"""Mathematical reasoning, the data alone: MetaMathQA (arXiv 2309.12284) and GSM8K (2110.14168) to train on, GSM8K and
+MATH (2103.03874) to test on, and word problems that are made here, for a first run without any file.
 
-An example is {"question", "response", "idx", ...}, with "answer" where one is known, in the form that `answers.RULES` compares
-with; `encode_training` and `encode_prompts` add its text and tokens.
+An example is {"question", "response", "idx", ...}, with "answer" where one is known, in the form that `answers.RULES`
+compares with; `encode_training` and `encode_prompts` add its text and tokens.
 """
 
 import json
@@ -29,10 +29,10 @@ METAMATH_FILE = "MetaMathQA-395K.json"  # in its hub data set
 
 
 def encode_training(vocabulary: Vocabulary, examples: list[dict], max_length: int, name: str) -> None:
-    """Adds "text", "input_ids" and "loss_mask" (int32, 1 where a token is to be learned) to each example of the split `name`.
+    """Adds "text", "input_ids" and "loss_mask" (int32, 1 where a token is to be learned) to the examples of split `name`.
 
-    The loss is over question and answer and the token that ends the sequence, not the one that begins it. What is longer than
-    `max_length` tokens keeps its end, and the token that begins it; it is counted in a warning.
+    The loss is over question and answer and the token that ends the sequence, not the one that begins it. What is longer
+    than `max_length` tokens keeps its end, and the token that begins it; it is counted in a warning.
     """
     begin = [] if vocabulary.bos is None else [vocabulary.bos]
     if max_length <= len(begin) + 1:
@@ -121,8 +121,8 @@ def read_metamathqa(source: str | os.PathLike) -> list[dict]:
     """MetaMathQA, to train on.
 
     Args:
-      source: its JSON file, or the hub's name of the data set, `meta-math/MetaMathQA`, which is downloaded unless it is in
-        the cache.
+      source: its JSON file, or the hub's name of the data set, `meta-math/MetaMathQA`, which is downloaded unless it is
+        in the cache.
 
     Raises:
       FileNotFoundError: there is no such file or data set.
@@ -138,7 +138,7 @@ def read_metamathqa(source: str | os.PathLike) -> list[dict]:
 
 
 def read_math(source: str | os.PathLike) -> list[dict]:
-    """MATH, to test on: {"problem", "solution", "level", "type"} as JSON lines, a JSON list, or a folder with a file of each.
+    """MATH, to test on: {"problem", "solution", "level", "type"} as JSON lines, a JSON list, or a folder of JSON files.
 
     Raises:
       FileNotFoundError: there is no such file or folder.
@@ -167,7 +167,7 @@ def _from_hub(name: str) -> pathlib.Path:
 
 
 def _records(path: pathlib.Path, fields: tuple[str, ...]) -> list[tuple[str, dict]]:
-    """(where, record) of a JSON list, of JSON lines, or of a folder of JSON files; each has the fields, and text in them."""
+    """(where, record) of a JSON list, of JSON lines, or of a folder of JSON files; each has text in the fields."""
     if not path.exists():
         raise FileNotFoundError(
             f"There is no {path}. Give the path of the data set's JSON file, or of the folder that holds it."
@@ -214,7 +214,7 @@ PROBLEMS = (  # question, response, and the x and y in them
         lambda a, b, c: (a * b, a + a * b + c),
     ),
     (
-        "{name} packs {a} boxes with {b} {things} each, and then takes out {c} of all. How many {things} are left in the boxes?",
+        "{name} packs {a} boxes with {b} {things} each, and then takes out {c} of all. How many {things} are left in them?",
         "The boxes hold {a} * {b} = {x} {things}.\nThere are {x} - {c} = {y} {things} left.",
         lambda a, b, c: (a * b, a * b - c),
     ),
@@ -222,7 +222,7 @@ PROBLEMS = (  # question, response, and the x and y in them
 
 
 def make_problems(count: int, seed: int) -> list[dict]:
-    """So many word problems, no two alike: two steps, whole numbers. The same for a seed, and the first ones for any count."""
+    """So many word problems, no two alike, of two steps in whole numbers; for a seed always the same, in one order."""
     if not 1 <= count <= 100_000:
         raise ValueError(f"The number of word problems, {count}, must be between 1 and 100,000.")
     draw, made = random.Random(seed), {}

@@ -123,7 +123,7 @@ def _end(tokens: list[int], old: int, room: int, eos, stop, decode) -> tuple[lis
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _read(model: Decoder, mesh: Mesh, params, ids, mask):
-    """(logits of the token after each prompt, float32 (rows, vocab_size); the cache of as many columns as the mask has)"""
+    """(logits of the token after each prompt, float32 (rows, vocab_size); a cache of as many columns as the mask has)"""
     config = model.config
     heads = None if config.num_kv_heads % mesh.shape["tensor"] else "tensor"
     placement = NamedSharding(mesh, P(None, ("data", "fsdp"), None, heads))

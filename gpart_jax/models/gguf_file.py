@@ -1,7 +1,7 @@
 """A Llama in a GGUF file, seen as the Hugging Face directory that it was converted from. Needs the package `gguf`.
 
-The weights are dequantized one tensor at a time. The converter permuted the rows of the query and key projections, so that
-a rotary pair lies in neighbouring rows and not half a head apart; here they are put back.
+The weights are dequantized one tensor at a time. The converter permuted the rows of the query and key projections, so
+that a rotary pair lies in neighbouring rows and not half a head apart; here they are put back.
 """
 
 import pathlib

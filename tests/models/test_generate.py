@@ -93,28 +93,25 @@ def test_the_context_limits_each_prompt():
         run("llama", [[5], [5] * 64])
 
 
-def test_samples_follow_the_key_and_the_temperature():
-    first, again, other = (
-        run("llama", PROMPTS, temperature=1.0, key=jax.random.key(seed), max_new_tokens=8) for seed in (1, 1, 2)
-    )
+def test_samples_follow_the_key():
+    first, again, other = (run("llama", PROMPTS, temperature=1.0, key=jax.random.key(seed)) for seed in (1, 1, 2))
     assert first == again and first != other
-    cold = run("llama", PROMPTS, temperature=1e-4, key=jax.random.key(1), max_new_tokens=8)
-    assert [found.ids for found in cold] == [ids[:8] for ids in uncached("llama")]
+    assert all(found.ids != ids for found, ids in zip(first, uncached("llama")))
 
 
 def test_top_p_samples_among_the_likeliest():
     logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
-    keys = jax.random.split(jax.random.key(0), 4000)
+    rows, key = jnp.tile(logits, (4000, 1)), jax.random.key(0)
 
     def shares(temperature, top_p):
-        draws = jax.vmap(lambda key: choose(logits, key, temperature, top_p)[0])(keys)
-        return np.bincount(draws, minlength=4) / len(keys)
+        return np.bincount(choose(rows, key, temperature, top_p), minlength=4) / len(rows)
 
     np.testing.assert_allclose(shares(1.0, 1.0), [0.1, 0.5, 0.15, 0.25], atol=0.03)
     np.testing.assert_allclose(shares(1.0, 0.6), [0, 2 / 3, 0, 1 / 3], atol=0.03)
     np.testing.assert_allclose(shares(1.0, 0.5), [0, 1, 0, 0])
     np.testing.assert_allclose(shares(0.5, 0.6), [0, 1, 0, 0])  # squared, the likeliest has 0.72
-    assert choose(logits, keys[0], 0.0, 1.0) == 1
+    np.testing.assert_allclose(shares(1e-3, 1.0), [0, 1, 0, 0])
+    np.testing.assert_allclose(shares(0.0, 1.0), [0, 1, 0, 0])
 
 
 @pytest.mark.parametrize(
