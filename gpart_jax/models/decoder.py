@@ -139,8 +139,9 @@ class DecoderConfig:
 
 
 def _rope_scaling(described: dict | None) -> RopeScaling | None:
-    kind = described and described.get("rope_type", described.get("type", "default"))
-    if not kind or kind == "default":
+    described = {name: value for name, value in (described or {}).items() if name != "rope_theta"}
+    kind = described.get("rope_type", described.get("type"))
+    if not described or kind == "default":
         return None
     if kind != "llama3":
         raise ValueError(f"config.json has rope_scaling {kind!r}; this decoder supports 'llama3' or none.")
@@ -211,9 +212,8 @@ class Decoder(nn.Module):
 
         real = attention_mask.astype(bool)
         start = 0 if cache is None else cache.filled
-        positions = jnp.maximum(
-            jnp.cumsum(real, axis=1) - 1, 0
-        )  # (B, S), from a row's first real token; S: all columns
+        # S is the number of the cache's columns, or L.
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)  # (B, S), from a row's first real token
         rope = _rope(config, jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1))
         columns = jnp.arange(real.shape[1])
         ahead = start + columns[:length, None] - columns  # (L, S), how far the key lies before the query

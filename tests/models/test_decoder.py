@@ -116,6 +116,9 @@ def test_rope_where_transformers_5_and_4_put_it():
     assert config.rope_theta == 500 and config.rope_scaling.original_max_position_embeddings == 16
     rope = new.pop("rope_parameters")
     assert DecoderConfig.from_hf(new | {"rope_theta": 500.0, "rope_scaling": rope}) == config
+    assert DecoderConfig.from_hf(new | {"rope_parameters": {"rope_theta": 7.0}}).rope_theta == 7
+    with pytest.raises(ValueError, match="rope_scaling None; this decoder supports 'llama3'"):
+        DecoderConfig.from_hf(new | {"rope_scaling": {"factor": 8.0}})
     with pytest.raises(ValueError, match="rope_scaling lacks factor, low_freq_factor"):
         DecoderConfig.from_hf(new | {"rope_scaling": {"rope_type": "llama3", "high_freq_factor": 4.0}})
 
