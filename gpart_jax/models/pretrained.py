@@ -10,7 +10,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from gpart_jax.models import encoder, vit
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
-from gpart_jax.models.storage import WEIGHTS, Tensor, locate, open_tensors, read_config, read_preprocessor
+from gpart_jax.models.storage import WEIGHTS, Tensor, locate, open_tensors, read_config, read_preprocessor, replace
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def save(directory: str | os.PathLike, model: nn.Module, params, labels: Sequenc
         prepared = {"image_processor_type": "ViTImageProcessor", "size": size, "resample": 2}  # bilinear
         each = config.channels // len(config.image_mean)
         prepared |= {"image_mean": config.image_mean * each, "image_std": config.image_std * each}
-        _replace(directory / "preprocessor_config.json", lambda file: file.write_text(json.dumps(prepared) + "\n"))
+        replace(directory / "preprocessor_config.json", lambda file: file.write_text(json.dumps(prepared) + "\n"))
     ours = {"pooler", "image_mean", "image_std"}  # which a config.json doesn't have
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ours}
     described = {hf_names.get(name, name): value for name, value in fields.items()}
@@ -209,11 +209,5 @@ def save(directory: str | os.PathLike, model: nn.Module, params, labels: Sequenc
     if labels is not None:
         described["id2label"] = dict(enumerate(labels))
         described["label2id"] = {label: number for number, label in enumerate(labels)}
-    _replace(directory / "config.json", lambda file: file.write_text(json.dumps(described, indent=2) + "\n"))
-    _replace(directory / WEIGHTS, lambda file: safetensors.numpy.save_file(tensors, file, {"format": "pt"}))
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(beside)
-    os.replace(beside, path)
+    replace(directory / "config.json", lambda file: file.write_text(json.dumps(described, indent=2) + "\n"))
+    replace(directory / WEIGHTS, lambda file: safetensors.numpy.save_file(tensors, file, {"format": "pt"}))
