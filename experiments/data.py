@@ -1,5 +1,6 @@
 """What a task is, and how its training examples become batches: for text and for images alike."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Task(NamedTuple):
     augment: Callable[[dict, np.random.Generator], dict] | None = None  # an example as training sees it this time
     size: Callable[[dict], int] | None = None  # examples of like size are evaluated together
     max_length: int | None = None  # of text: tokens of the longest example allowed
+    bucketed: bool = False  # whether examples of like size are trained on together
     workers: int = 0  # processes that make the training batches; 0: threads of this one
 
     @property
@@ -93,6 +95,11 @@ def train_batches(
         seeded = [(task.train[row], np.random.default_rng(seed)) for row, seed in rows_and_seeds[part::parts]]
         return task.collate([task.augment(example, rng) for example, rng in seeded])
 
+    if task.bucketed:
+        buckets = Buckets([task.size(example) for example in task.train], batch_size, seed)
+        steps = epochs * (len(task.train) // batch_size)
+        dataset = grain.MapDataset.range(steps).map(lambda step: own_part(buckets.rows(step)))
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
     dataset = grain.MapDataset.range(len(task.train)).seed(seed).shuffle()
     if task.augment:
         dataset = dataset.random_map(lambda row, rng: (row, rng.integers(2**63, size=2)))
@@ -103,3 +110,31 @@ def train_batches(
     if task.workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=task.workers))
     return iter(batches)
+
+
+class Buckets:
+    """Which examples are in which batch, where those of like size are to be together: less padding, as random an order.
+
+    An epoch's examples are shuffled, sorted by size within spans of WINDOW batches, cut into batches, and the batches
+    shuffled. It is a function of the seed and the epoch alone.
+    """
+
+    WINDOW = 32
+
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int):
+        self._sizes, self._batch_size, self._seed = np.array(sizes), batch_size, seed
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of the batch of a step, counted from 0 over all epochs."""
+        epoch, batch = divmod(step, len(self._sizes) // self._batch_size)
+        return self._epoch(epoch)[batch]
+
+    def _make_epoch(self, epoch: int) -> np.ndarray:
+        random = np.random.default_rng([self._seed, epoch])
+        count = len(self._sizes) // self._batch_size
+        rows = random.permutation(len(self._sizes))[: count * self._batch_size]
+        span = self.WINDOW * self._batch_size
+        spans = [rows[start : start + span] for start in range(0, len(rows), span)]
+        ordered = np.concatenate([part[np.argsort(self._sizes[part], kind="stable")] for part in spans])
+        return random.permutation(ordered.reshape(count, self._batch_size))

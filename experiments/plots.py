@@ -18,10 +18,16 @@ from scipy.stats import norm  # noqa: E402
 
 COLORS = {
     "gpart": "#0b6e4f", "uni_lora": "#2f6690", "fastfood": "#d98e04", "lora": "#c1666b", "vera": "#7b4b94",
-    "bitfit": "#8a5a44", "head": "#7d8597", "full": "#3d405b",
+    "bitfit": "#8a5a44", "head": "#7d8597", "full": "#3d405b", "base": "#999999",
 }  # fmt: skip
+UNITS = {"loss": " (nats a token)"}  # of metrics that aren't shares
 OVER_D = ("gpart", "uni_lora", "fastfood")  # methods with a free d
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of a method's variants
+
+
+def shown(metric: str, value: float) -> float:
+    """A metric's value as tables and pictures have it: in percent, but for those of UNITS."""
+    return value if metric in UNITS else 100 * value
 
 
 def pictures(model: str, rows: list, out: pathlib.Path) -> None:
@@ -39,7 +45,8 @@ def pictures(model: str, rows: list, out: pathlib.Path) -> None:
         runs = [run for row in rows for run in row.cells.get(column, [])]
         if all(len(run.results.get("test_by_class", ())) > 2 for run in runs):
             draw_by_class(rows, column, out / f"by-class-{column[0].replace('/', '-')}-{model}.png")
-    groups = [(row, group) for row in rows if row.method == "gpart" for group in row.cells.values()]
+    cells = [(row, group) for row in rows if row.method == "gpart" for group in row.cells.values()]
+    groups = [cell for cell in cells if (cell[1][0].workdir / "adapter.safetensors").is_file()]
     if groups:
         row, group = max(groups, key=lambda pair: (len(pair[1]), pair[0].size))
         draw_theta(_median_run(group), row.label, out / f"theta-{model}.png")
@@ -64,15 +71,15 @@ def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None
     variants = dict.fromkeys(COLORS, 0)
     for line, points in lines.items():
         method, color = points[0].method, COLORS[points[0].method]
-        values = [[100 * run.results["test"] for run in row.cells[column]] for row in points]
+        values = [[shown(column[1], run.results["test"]) for run in row.cells[column]] for row in points]
         medians = [statistics.median(seeds) for seeds in values]
         if len(points) > 1:
             below = [median - min(seeds) for median, seeds in zip(medians, values)]
             above = [max(seeds) - median for median, seeds in zip(medians, values)]
-            marker, shown = MARKERS[variants[method] % len(MARKERS)]
+            marker, sign = MARKERS[variants[method] % len(MARKERS)]
             variants[method] += 1
             axes.errorbar([row.size for row in points], medians, [below, above], color=color, marker=marker, capsize=4)
-            ends.append((medians[-1], f"{shown} {line}", color))
+            ends.append((medians[-1], f"{sign} {line}", color))
         else:
             axes.axhline(medians[0], color=color, linestyle="--", linewidth=1)
             numbers = points[0].cells[column][0].results["trained_numbers"]
@@ -82,7 +89,11 @@ def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None
     axes.set_xticks(ticks, [f"{d:,}" for d in ticks], rotation=30, ha="right", rotation_mode="anchor")
     axes.minorticks_off()
     task, metric = column
-    axes.set(xlabel="d", ylabel=f"test {metric} (%)", title=f"{task}: median over seeds, bars from lowest to highest")
+    axes.set(
+        xlabel="d",
+        ylabel=f"test {metric}{UNITS.get(metric, ' (%)')}",
+        title=f"{task}: median over seeds, bars from lowest to highest",
+    )
     _tidy(axes)
     _label_ends(axes, ends)
     figure.savefig(path, dpi=110)
@@ -140,12 +151,12 @@ def draw_mistakes(task, logits: np.ndarray, path: pathlib.Path, columns: int = 8
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-sure[wrong], kind="stable")]
     place = {n: np.count_nonzero(labels[wrong[:k]] == labels[n]) for k, n in enumerate(wrong.tolist())}
-    shown = sorted(place, key=place.get)[: columns * rows]  # the first of each class, then the second
+    chosen = sorted(place, key=place.get)[: columns * rows]  # the first of each class, then the second
     figure, panels = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.9 * rows), layout="constrained")
     for axes in panels.flat:
         axes.axis("off")
-    pixels = task.collate([task.test[n] for n in shown])["pixel_values"] if shown else []
-    for axes, n, image in zip(panels.flat, shown, pixels):
+    pixels = task.collate([task.test[n] for n in chosen])["pixel_values"] if chosen else []
+    for axes, n, image in zip(panels.flat, chosen, pixels):
         axes.imshow(image)
         axes.set_title(f"{task.labels[labels[n]]}\nnot {task.labels[predicted[n]]}, {100 * sure[n]:.0f} %", fontsize=7)
     figure.suptitle(f"{len(wrong):,} of {len(labels):,} test images are wrong; the surest of each class")

@@ -27,6 +27,7 @@ from experiments.config import FREE, check_config, differences
 from experiments.logger import Logger
 from experiments.optimizer import make_optimizer
 from experiments.step import make_loss
+from experiments.tasks import LANGUAGE, task_kind
 from experiments.train import Stopwatch, check_finite, finish, initial_state, keep_best
 from gpart_jax import sharding
 from gpart_jax.methods import from_spec
@@ -62,6 +63,8 @@ def train_population(
             )
     if jax.process_count() > 1 or configs[0].mesh.fsdp != 1 or configs[0].mesh.tensor != 1:
         raise ValueError("A population runs in one process, its members along 'data'. Run this config alone.")
+    if task_kind(configs[0].task.name) == LANGUAGE:
+        raise ValueError("A population is of encoders or ViTs. Run decoders one by one, without --population.")
     with contextlib.ExitStack() as claims:
         for config, workdir in zip(configs, workdirs):
             claims.enter_context(claim_workdir(config, workdir))

@@ -168,7 +168,10 @@ def _tables(runs: list[Run]) -> tuple[dict[str, list[list[str]]], list[str]]:
     published, sources, tables = json.loads(PUBLISHED.read_text()), [], {}
     for model, found in by_model(runs).items():
         columns = sorted({column for row in found for column in row.cells})
-        titles = [(f"{task.removeprefix('glue/')}, {metric} (%)", "published") for task, metric in columns]
+        titles = [
+            (f"{task.removeprefix('glue/')}, {metric}{plots.UNITS.get(metric, ' (%)')}", "published")
+            for task, metric in columns
+        ]
         lines = [["method", "trained numbers", "adapter bytes", *(title for pair in titles for title in pair)]]
         for row in found:
             mine = [run.results for group in row.cells.values() for run in group]
@@ -215,11 +218,12 @@ def _range(values: list[int]) -> str:
 def _cell(group: list[Run]) -> str:
     if not group:
         return ""
-    seeds, values = [str(run.results["seed"]) for run in group], [100 * run.results["test"] for run in group]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    metric, seeds = group[0].results["metric"], [str(run.results["seed"]) for run in group]
+    values, digits = [plots.shown(metric, run.results["test"]) for run in group], 3 if metric in plots.UNITS else 1
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return (
-        f"{statistics.median(values):.1f} "
-        f"(mean {statistics.mean(values):.1f}{spread}; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)})"
+        f"{statistics.median(values):.{digits}f} "
+        f"(mean {statistics.mean(values):.{digits}f}{spread}; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)})"
     )
 
 

@@ -16,8 +16,11 @@ from gpart_jax.sharding import value_and_grad
 def make_loss(model: nn.Module, task: Task) -> Callable:
     """loss(adapt, frozen, batch, key=None) -> float32 (): the mean over a batch, with the model's dropout if there is a key.
 
-    `adapt` is a bound method. Cross-entropy; for a regression the squared error, as in the authors' release.
+    `adapt` is a bound method. Cross-entropy; for a regression the squared error, as in the authors' release; for a decoder
+    `make_language_loss`.
     """
+    if isinstance(model, Decoder):
+        return make_language_loss(model)
 
     def loss(adapt, frozen, batch, key=None):
         inputs = {name: batch[name] for name in task.inputs if name in batch}

@@ -15,8 +15,26 @@ from experiments.data import Task
 
 logger = logging.getLogger(__name__)
 
-LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # of batches, in tokens; each is compiled once
+LENGTHS = (
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+)  # of batches, in tokens; each is compiled once
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+BESIDE = ("token_type_ids", "loss_mask")  # of each token
 
 
 def text_task(
@@ -32,6 +50,13 @@ def text_task(
     """A task of encoded examples. `pad` is the id of the padding token."""
     collated = functools.partial(collate, pad=pad, max_length=max_length)
     return Task(train, validation, test, labels, metrics, INPUTS, collated, size=_tokens, max_length=max_length)
+
+
+def language_task(train: list[dict], test: list[dict], *, max_length: int) -> Task:
+    """A task of texts to learn, with a loss_mask. There is no validation split: the last epoch is tested, by its loss."""
+    collated = functools.partial(collate, pad=0, max_length=max_length)  # what pads is masked
+    inputs = ("input_ids", "attention_mask", "loss_mask")
+    return Task(train, [], test, None, ("loss",), inputs, collated, size=_tokens, max_length=max_length, bucketed=True)
 
 
 def _tokens(example: dict) -> int:
@@ -62,20 +87,23 @@ def encode(tokenizer: tokenizers.Tokenizer, examples: list[dict], max_length: in
 
 
 def collate(examples: list[dict], pad: int, max_length: int) -> dict[str, np.ndarray]:
-    """Stacks examples: input_ids, attention_mask (and token_type_ids), int32 (batch, length); label (batch,).
+    """Stacks examples: input_ids, attention_mask (token_type_ids, loss_mask), int32 (batch, length); label (batch,).
 
     The length is the longest example's, rounded up to one of LENGTHS, so that few lengths are compiled.
     """
     length = padded_length(max(len(example["input_ids"]) for example in examples), max_length)
     batch = {"input_ids": np.full((len(examples), length), pad, np.int32)}
     batch["attention_mask"] = np.zeros((len(examples), length), np.int32)
-    if "token_type_ids" in examples[0]:
-        batch["token_type_ids"] = np.zeros((len(examples), length), np.int32)
+    for name in BESIDE:
+        if name in examples[0]:
+            batch[name] = np.zeros((len(examples), length), np.int32)
     for row, example in enumerate(examples):
         real = len(example["input_ids"])
         batch["attention_mask"][row, :real] = 1
         for name in batch.keys() & example.keys():
             batch[name][row, :real] = example[name]
+    if "label" not in examples[0]:
+        return batch
     label = np.array([example["label"] for example in examples])
     return batch | {"label": label.astype(np.float32 if label.dtype.kind == "f" else np.int32)}
 

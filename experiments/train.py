@@ -68,7 +68,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
         print(f"{workdir} is finished; see its results.json.")
         return json.loads((workdir / "results.json").read_text())
 
-    experiment = evaluate.build(config)
+    experiment = evaluate.build(config, mesh)
     model, params, task, rules = experiment
     steps_per_epoch = len(task.train) // config.train.batch_size
     total_steps = config.train.epochs * steps_per_epoch
@@ -153,7 +153,8 @@ def initial_state(config, method: Method, optimizer: optax.GradientTransformatio
 
 def keep_best(state: dict, trainable, task: data.Task, scores: dict, epoch: int) -> None:
     """Remembers in state["best"] what an epoch ended with, if it is the best so far, or if no validation tells."""
-    value = scores.get(task.metrics[0], -math.inf)
+    sign = -1 if task.metrics[0] == "loss" else 1
+    value = sign * scores.get(task.metrics[0], -sign * math.inf)
     if value > state["best"]["score"] or not task.validation:
         state["best"] = {"trainable": jax.tree.map(np.array, trainable), "score": value, "epoch": epoch}
 
@@ -230,11 +231,17 @@ class Stopwatch:
 
 
 def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict], logits: np.ndarray) -> None:
-    """One JSON object a line: what is known of the example, the predicted label or score, the logits."""
+    """One JSON object a line: what is known of the example, the predicted label or score, the logits.
+
+    Of a decoder: the loss, in nats a token, and the number of tokens.
+    """
     with path.open("w") as file:
         for example, row, prediction in zip(examples, logits.tolist(), evaluate.predictions(task, logits).tolist()):
             known = {name: value for name, value in example.items() if not isinstance(value, np.ndarray | bytes)}
-            file.write(json.dumps(known | {"prediction": prediction, "logits": row}) + "\n")
+            found = {"prediction": prediction, "logits": row}
+            if task.metrics == ("loss",):
+                found = {"loss": row[0] / row[1], "tokens": int(row[1])}
+            file.write(json.dumps(known | found) + "\n")
 
 
 def main(_):

@@ -97,11 +97,16 @@ def param_shardings(params, mesh: Mesh, rules: Rules = ()):
 
 
 def place(tree, shardings):
-    """Puts host arrays, of which every process holds the whole, onto the mesh. `shardings`: a tree, or one for all."""
+    """Puts host arrays, of which every process holds the whole, onto the mesh. `shardings`: a tree, or one for all.
+
+    What lies there already stays.
+    """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
 
     def put(x, sharding):
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

@@ -17,15 +17,62 @@ import tensorflow_datasets as tfds
 import tensorflow_datasets.text.gsm8k  # registers GSM8K, so that what isn't on disk yet has its features and version
 
 from experiments.answers import boxed
+from experiments.data import Task
+from experiments.text import language_task
 from gpart_jax.models.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+TRAINING_DATA = ("metamathqa", "gsm8k", "problems")
 PROMPT = "Question: {question}\nAnswer:"
 TRAINING = PROMPT + " {response}"
 STOP = ("Question",)  # a new one: the answer is over
-NEW_TOKENS = {"gsm8k": 1024, "math": 2048}  # at most
+NEW_TOKENS = {"gsm8k": 1024, "math": 2048, "problems": 256}  # at most
 METAMATH_FILE = "MetaMathQA-395K.json"  # in its hub data set
+
+
+def load_reasoning(
+    name: str,
+    vocabulary: Vocabulary,
+    *,
+    seed: int,
+    max_length: int,
+    train_examples: int | None = None,
+    test_examples: int = 500,
+    source: str = "meta-math/MetaMathQA",
+    data_dir: str | None = None,
+) -> Task:
+    """Texts to train on, and others whose loss is the test.
+
+    Args:
+      name: of TRAINING_DATA. "gsm8k" is tested on its test split, "metamathqa" on examples held out of it, "problems" are
+        made here, all of them different.
+      vocabulary: of the model.
+      seed: of what is held out, and of the problems.
+      max_length: in tokens; see `encode_training`.
+      train_examples: only the first so many; None means all, of problems 2,000.
+      test_examples: so many, or all there are.
+      source: of MetaMathQA, as in `read_metamathqa`.
+      data_dir: of GSM8K, as in `read_gsm8k`.
+
+    Raises:
+      FileNotFoundError, ValueError: as the readers; or too few examples.
+    """
+    if name == "gsm8k":
+        train, test = read_gsm8k("train", data_dir), read_gsm8k("test", data_dir)
+    else:
+        if name == "problems":
+            made = make_problems((train_examples or 2000) + test_examples, seed)
+        else:
+            made = read_metamathqa(source)
+            random.Random(seed).shuffle(made)
+        test, train = made[:test_examples], made[test_examples:]
+    if not 1 <= (train_examples or 1) <= len(train):
+        raise ValueError(f"train_examples = {train_examples} must be between 1 and {len(train)}, all of {name}.")
+    train, test = train[:train_examples], test[:test_examples]
+    for split, examples in {"train": train, "test": test}.items():
+        encode_training(vocabulary, examples, max_length, f"{name} {split}")
+    return language_task(train, test, max_length=max_length)
 
 
 def encode_training(vocabulary: Vocabulary, examples: list[dict], max_length: int, name: str) -> None:

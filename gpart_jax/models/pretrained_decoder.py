@@ -61,14 +61,13 @@ def load_decoder(source: str | os.PathLike, *, mesh: Mesh | None = None, dtype=j
     mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     where = locate(source)
     with contextlib.ExitStack() as stack:
+        config = read_decoder_config(where)
         if where.suffix == ".gguf":
             from gpart_jax.models import gguf_file  # here, because a directory needs no gguf
 
-            reader = gguf_file.open_file(where)
-            described, stored = gguf_file.read_config(reader), gguf_file.open_tensors(where, reader)
+            stored = gguf_file.open_tensors(where, gguf_file.open_file(where))
         else:
-            described, stored = read_config(where), open_tensors(where, stack)
-        config = DecoderConfig.from_hf(described)
+            stored = open_tensors(where, stack)
         model = Decoder(config, dtype, dtype, remat)
         token = jnp.zeros((1, 1), jnp.int32)
         shapes = jax.eval_shape(model.init, jax.random.key(0), token, token)["params"]
@@ -78,6 +77,15 @@ def load_decoder(source: str | os.PathLike, *, mesh: Mesh | None = None, dtype=j
         tensors = {path: [_find(stored, name, where) for name in names(path, config)] for path in leaves}
         params = {path: _place(leaf, shardings[path], path, tensors[path]) for path, leaf in leaves.items()}
     return model, traverse_util.unflatten_dict(params, sep="/")
+
+
+def read_decoder_config(where: pathlib.Path) -> DecoderConfig:
+    """The shape of the decoder in a directory or GGUF file; none of its weights is read."""
+    if where.suffix == ".gguf":
+        from gpart_jax.models import gguf_file
+
+        return DecoderConfig.from_hf(gguf_file.read_config(gguf_file.open_file(where)))
+    return DecoderConfig.from_hf(read_config(where))
 
 
 def names(path: str, config: DecoderConfig) -> list[str]:
