@@ -1,12 +1,15 @@
 """What a run keeps so that it may be killed at any step: its config, its state, the position in its data."""
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import signal
 import socket
+import time
 import typing
 
 import jax
@@ -16,7 +19,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from experiments.processes import is_writer
+from experiments.processes import barrier, is_writer
 
 
 @contextlib.contextmanager
@@ -104,9 +107,11 @@ class Checkpoints:
 
     def save(self, state: dict, batches) -> None:
         """Saves in the background. The arrays are copied first, since the next step donates them."""
+        state = jax.tree.map(np.array, state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.tree.map(np.array, state)),
+            state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(batches.get_state()),  # the same in every process, however many there are
+            seal=ocp.args.JsonSave({"sha256": _digest(state)}),
         )
         if not self._manager.save(state["step"], args=args):
             raise RuntimeError(
@@ -121,32 +126,88 @@ class Checkpoints:
         return self._manager.latest_step() or 0
 
     def restore(self, state: dict, batches, step: int | None = None) -> dict:
-        """The newest saved state, and `batches` set to its position; `state` itself where there is none.
+        """The newest saved state that is intact, and `batches` set to its position; `state` itself where there is none.
 
-        With `step` that of this step (0: `state`), and what was saved later is removed.
+        Newer ones that are damaged are moved out of the way, into `workdir/damaged-checkpoints`. With `step` that of this
+        step (0: `state`), and what was saved later is removed.
 
         Raises:
-          ValueError: the newest checkpoint cannot be read, or doesn't fit `state`.
+          ValueError: no checkpoint can be read, or none fits `state`.
         """
         if step is not None:
             for later in [saved for saved in self._manager.all_steps() if saved > step]:
                 self._manager.delete(later)
-        step = self.latest_step() if step is None else step
-        if not step:
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step] if step else []
+        damaged = {}
+        for number in steps:
+            try:
+                saved = self._read(number, state)
+            except Exception as error:  # Orbax and TensorStore raise many kinds
+                damaged[number] = error
+                continue
+            self._move_away(damaged)
+            batches.set_state(saved["data"])
+            return saved["state"]
+        if not damaged:
             return state
+        first = next(iter(damaged))
+        raise ValueError(
+            f"Checkpoint {self._directory / str(first)} is damaged, or another version of this code wrote it "
+            f"({damaged[first]}), and no other can be read. Move {self._directory} away to start from step 0."
+        ) from damaged[first]
+
+    def _read(self, step: int, state: dict):
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(np.array, state)),
             data=ocp.args.JsonRestore(),
+            seal=ocp.args.JsonRestore(),
         )
-        try:
-            saved = self._manager.restore(step, args=args)
-            batches.set_state(saved["data"])
-            return saved["state"]
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise ValueError(
-                f"Checkpoint {self._directory / str(step)} is damaged, or another version of this code wrote it ({error}). "
-                f"Move that folder away to go on from the checkpoint before it."
-            ) from error
+        saved = self._manager.restore(step, args=args)
+        if saved["seal"]["sha256"] != _digest(saved["state"]):
+            raise ValueError("its numbers aren't those that were saved")
+        return saved
+
+    def _move_away(self, damaged: dict[int, Exception]) -> None:
+        for step, error in damaged.items():
+            away = self._directory.with_name("damaged-checkpoints")
+            logging.warning(
+                "Checkpoint %d is damaged (%s). It is moved to %s; an older one is used.", step, error, away
+            )
+            if is_writer():
+                away.mkdir(exist_ok=True)
+                (self._directory / str(step)).rename(away / f"{step}-{time.time_ns()}")
+            barrier(f"moved-{step}")
+        if damaged:
+            self._manager.reload()
+
+
+def _digest(state: dict) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(state):
+        leaf = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)}{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def clear_disk_errors(workdir: pathlib.Path):
+    """Says of a full or read-only disk what happened to it and what to do; nothing that was saved is touched."""
+    try:
+        yield
+    except Exception as error:  # Orbax wraps what the system says in types of its own
+        whole = f"{error!r} {error.__cause__!r} {error.__context__!r}"
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+            reason = os.strerror(code)
+            if reason in whole:
+                raise OSError(
+                    code,
+                    f"{reason}: {workdir} can't be written to. What was saved there is whole: make room or choose another "
+                    f"workdir, and run the same command to go on",
+                ) from error
+        raise
+
+
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}  # as a shell has them
 
 
 class Interrupt:
@@ -159,7 +220,7 @@ class Interrupt:
         self._name: str | None = None
 
     def requested(self, step: int) -> str | None:
-        """The name of the signal on account of which to stop after this step."""
+        """The name of the signal on account of which to stop after this step; EXIT_CODES has the code to end with."""
         if jax.process_count() > 1:
             return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
         return self._name

@@ -19,7 +19,7 @@ _KEYS = {  # None: a value, or a section that is checked by its user
 }
 _OPTIONAL = {
     "model": {"dropout", "remat", "shape"},  # of encoders, of decoders, of a fresh ViT
-    "train": {"export"},
+    "train": {"export", "nonfinite", "step_timeout"},
 }
 
 
@@ -34,6 +34,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for key in _KEYS["train"]:
         if not isinstance(config.train[key], int) or config.train[key] < 1:
             raise ValueError(f"config.train.{key} must be a positive integer, not {config.train[key]!r}.")
+    if config.train.get("nonfinite", "stop") not in NONFINITE:
+        raise ValueError(
+            f"config.train.nonfinite must be one of {', '.join(NONFINITE)}, not {config.train.nonfinite!r}."
+        )
+
+
+NONFINITE = ("stop", "skip")  # what to do about a loss that isn't finite: config.train.nonfinite
 
 
 # What runs trained together, in one program, may differ in (experiments/population.py).

@@ -27,6 +27,8 @@ def make_optimizer(
       warmup: fraction of the steps in which the rate rises linearly from zero.
       clip: longest norm of the whole gradient; a longer one is scaled down to it. None: any.
 
+    A gradient with a NaN or an infinity changes nothing, neither what is trained nor the optimizer's state.
+
     Raises:
       ValueError: an unknown schedule, or a warmup outside [0, 1].
     """
@@ -41,7 +43,9 @@ def make_optimizer(
         )
 
     optimizer = optax.partition({"head": adamw(head_lr), "main": adamw(lr)}, _labels)
-    return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)
+    if clip is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
+    return optax.apply_if_finite(optimizer, max_consecutive_errors=2**31 - 1)
 
 
 def _schedule(name: str, peak: float, total: int, warmup: int) -> optax.Schedule:

@@ -22,13 +22,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import data, evaluate
-from experiments.checkpoint import Checkpoints, Interrupt, claim_workdir
+from experiments.checkpoint import EXIT_CODES, Checkpoints, Interrupt, claim_workdir, clear_disk_errors
 from experiments.config import FREE, check_config, differences
 from experiments.logger import Logger
 from experiments.optimizer import make_optimizer
 from experiments.step import make_loss
 from experiments.tasks import LANGUAGE, task_kind
-from experiments.train import Stopwatch, check_finite, finish, initial_state, keep_best
+from experiments.train import Stopwatch, finish, finite_mean, initial_state, keep_best
 from gpart_jax import sharding
 from gpart_jax.methods import from_spec
 from gpart_jax.targets import named_leaves, replace_leaves
@@ -66,6 +66,7 @@ def train_population(
     if task_kind(configs[0].task.name) == LANGUAGE:
         raise ValueError("A population is of encoders or ViTs. Run decoders one by one, without --population.")
     with contextlib.ExitStack() as claims:
+        claims.enter_context(clear_disk_errors(workdirs[0].parent))
         for config, workdir in zip(configs, workdirs):
             claims.enter_context(claim_workdir(config, workdir))
         open_ = [pair for pair in zip(configs, workdirs) if not (pair[1] / "results.json").exists()]
@@ -125,7 +126,7 @@ def _train(configs, workdirs, devices) -> None:
         say(f"{'goes on after' if step else 'starts at'} step {step} of {total_steps}")
         trained = sharding.place(_stack([(state["trainable"], state["optimizer"]) for state in states]), along)
         keys = sharding.place(_stack([state["key"] for state in states]), along)
-        watch, losses = Stopwatch(), []
+        watch, losses = Stopwatch(config.train.get("step_timeout")), []
         while step < total_steps:
             batch = sharding.place(_stack_batches([next(own) for own in batches], pad), along)
             *trained, loss = step_all(*trained, frozen, batch, keys, step, tables, rates)
@@ -135,9 +136,12 @@ def _train(configs, workdirs, devices) -> None:
             watch.step()
 
             if step % config.train.log_every == 0 or step % steps_per_epoch == 0:
-                means, seconds = np.asarray(jnp.stack(losses).mean(axis=0)), watch.lap() / count
-                for mean, logger, workdir in zip(means.tolist(), loggers, workdirs):
-                    check_finite(mean, step, f" of {workdir}")
+                each, seconds = np.asarray(jnp.stack(losses)), watch.lap() / count
+                means = [
+                    finite_mean(own, step, steps_per_epoch, config.train, say, f" of {workdir}")
+                    for own, workdir in zip(each.T, workdirs)
+                ]
+                for mean, logger in zip(means, loggers):
                     logger.write(step, loss=mean, seconds_per_step=seconds)
                 losses = []
             if step % steps_per_epoch == 0:
@@ -163,8 +167,9 @@ def _train(configs, workdirs, devices) -> None:
                 for saved in checkpoints:
                     saved.wait()
                 say(f"{stop}: saved step {step}. Run the same command to go on.")
-                sys.exit(143)
+                sys.exit(EXIT_CODES[stop])
 
+        watch.stop()
         for number, (member, workdir, experiment, state, logger) in enumerate(
             zip(configs, workdirs, experiments, states, loggers)
         ):

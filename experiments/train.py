@@ -9,6 +9,7 @@ frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best 
 of images mistakes.png; with config.train.export the adapted model, whole.
 """
 
+import faulthandler
 import json
 import math
 import pathlib
@@ -26,7 +27,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import data, evaluate, processes
-from experiments.checkpoint import Checkpoints, Interrupt, claim_workdir, write_json
+from experiments.checkpoint import EXIT_CODES, Checkpoints, Interrupt, claim_workdir, clear_disk_errors, write_json
 from experiments.config import check_config
 from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
@@ -51,14 +52,15 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
 
     Raises:
       ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config, or is in use.
-      FloatingPointError: the loss is no longer finite.
-      SystemExit: with code 143, after a checkpoint was saved because of SIGTERM or Ctrl-C.
+      FloatingPointError: the loss is no longer finite, unless config.train.nonfinite is "skip".
+      OSError: the disk is full, or the workdir can't be written to.
+      SystemExit: after a checkpoint was saved because of SIGTERM (code 143) or Ctrl-C (130).
     """
     check_config(config)
     method = from_spec(config.method.to_dict(), config.head_targets)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     sharding.check_batch("config.train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
-    with claim_workdir(config, workdir):
+    with clear_disk_errors(workdir), claim_workdir(config, workdir):
         return _train(config, workdir, method, mesh)
 
 
@@ -96,7 +98,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
         state |= sharding.replicate({name: state[name] for name in ("trainable", "optimizer", "key")}, mesh)
         with Logger(workdir, config.method.name, step, total_steps) as logger:
             logger.say(f"{'goes on after' if step else 'starts at'} step {step} of {total_steps}")
-            watch, losses = Stopwatch(), []
+            watch, losses = Stopwatch(config.train.get("step_timeout")), []
             while step < total_steps:
                 state["trainable"], state["optimizer"], loss = train_step(
                     state["trainable"],
@@ -113,8 +115,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
                 watch.step()
 
                 if step % config.train.log_every == 0 or step % steps_per_epoch == 0:
-                    mean = float(jnp.stack(losses).mean())
-                    check_finite(mean, step)
+                    mean = finite_mean(np.asarray(jnp.stack(losses)), step, steps_per_epoch, config.train, logger.say)
                     logger.write(step, loss=mean, seconds_per_step=watch.lap())
                     losses = []
                 if step % steps_per_epoch == 0:
@@ -133,8 +134,9 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
                 if stop:
                     checkpoints.wait()
                     logger.say(f"{stop}: saved step {step}. Run the same command to go on.")
-                    sys.exit(143)
+                    sys.exit(EXIT_CODES[stop])
 
+            watch.stop()
             return finish(config, workdir, experiment, state["best"], total_steps, score, logger, mesh)
 
 
@@ -159,9 +161,27 @@ def keep_best(state: dict, trainable, task: data.Task, scores: dict, epoch: int)
         state["best"] = {"trainable": jax.tree.map(np.array, trainable), "score": value, "epoch": epoch}
 
 
-def check_finite(loss: float, step: int, whose: str = "") -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"The loss{whose} is {loss} at step {step}. Lower config.optimizer.lr.")
+def finite_mean(
+    losses: np.ndarray, step: int, steps_per_epoch: int, options, say: Callable[[str], None], whose: str = ""
+) -> float:
+    """The mean of the losses of the steps up to `step`; those that aren't finite, which changed nothing, are left out.
+
+    Raises:
+      FloatingPointError: there is one, and options.nonfinite isn't "skip".
+    """
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if not len(bad):
+        return float(losses.mean())
+    first = step - len(losses) + 1 + int(bad[0])
+    epoch, batch = divmod(first - 1, steps_per_epoch)
+    where = f"The loss{whose} is {losses[bad[0]]} at step {first}, batch {batch + 1} of epoch {epoch + 1}"
+    if options.get("nonfinite", "stop") == "stop":
+        raise FloatingPointError(
+            f"{where}. That step changed nothing, and the last checkpoint is good. Lower config.optimizer.lr, look at that "
+            f"batch, or pass over such steps with --config.train.nonfinite=skip."
+        )
+    say(f"{where}: passed over, as {len(bad)} of the last {len(losses)} steps were")
+    return float(np.mean(losses[np.isfinite(losses)])) if len(bad) < len(losses) else math.nan
 
 
 def finish(config, workdir, experiment, best: dict, total_steps: int, score: Callable, logger: Logger, mesh, **more):
@@ -212,13 +232,25 @@ def finish(config, workdir, experiment, best: dict, total_steps: int, score: Cal
 
 
 class Stopwatch:
-    """Seconds a step, from laps of several steps that nothing else came between."""
+    """Seconds a step, from laps of several steps that nothing else came between; and a watchdog over what takes for ever.
 
-    def __init__(self):
+    Args:
+      timeout: seconds in which each lap, and what comes between laps, must end; else the process says where all its
+        threads are, and ends with code 1, for a launcher to start it again. None: there is no limit.
+    """
+
+    def __init__(self, timeout: float | None = None):
+        self._timeout = timeout
         self.restart()
 
     def restart(self) -> None:
         self._steps, self._start = 0, time.perf_counter()
+        if self._timeout:
+            faulthandler.dump_traceback_later(self._timeout, exit=True)
+
+    def stop(self) -> None:
+        if self._timeout:
+            faulthandler.cancel_dump_traceback_later()
 
     def step(self) -> None:
         self._steps += 1

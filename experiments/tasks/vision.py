@@ -166,6 +166,8 @@ def _from_tfds(name: str, data_dir: str | None):
     }
     name_of = next((key for key in ("file_name", "filename", "id") if key in features), None)
 
+    again = "Bring that folder back, or remove it and prepare it again."
+
     def part(split: str | None) -> Part | None:
         if split is None:
             return None
@@ -173,12 +175,16 @@ def _from_tfds(name: str, data_dir: str | None):
             source = builder.as_data_source(split=split, decoders=skip)
         except Exception as error:  # TFDS, array_record and the file system have a type for each
             raise ValueError(
-                f"The {split} split of {splits.name} in {builder.data_path} can't be read ({error}). Remove that folder "
-                f"and prepare it again."
+                f"The {split} split of {splits.name} in {builder.data_path} can't be read ({error}). {again}"
             ) from error
 
         def read(row: int) -> dict:
-            record = source[row]
+            try:
+                record = source[row]
+            except Exception as error:
+                raise ValueError(
+                    f"{splits.name} {split}, record {row}, in {builder.data_path}: {error}. {again}"
+                ) from error
             called = record[name_of].decode("utf-8", "replace") if name_of else None
             return {"image": record["image"], "label": record["label"], "id": called}
 

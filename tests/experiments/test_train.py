@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import evaluate, plots, report
+from experiments import data, evaluate, plots, report, step
 from experiments.checkpoint import Interrupt
 from experiments.train import train
 from gpart_jax import load_adapter, sharding
@@ -140,7 +140,7 @@ def test_killed_at_any_step_a_run_ends_with_the_same_theta(undisturbed, tiny_mod
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_and_ctrl_c_save_first(undisturbed, tiny_model, tmp_path, number):
     code, output = signal_at(45, number, tiny_model, tmp_path)
-    assert code == 143 and f"{number.name}: saved step" in output
+    assert code == 128 + number and f"{number.name}: saved step" in output
     step, _ = final_state(tmp_path)
     assert step >= 45 and f"saved step {step}." in output
     finished = run(tiny_model, tmp_path)
@@ -192,27 +192,120 @@ def test_a_run_may_go_on_with_another_mesh_and_number_of_devices(config, tmp_pat
     assert steps == list(range(71, STEPS // 2 + 1))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(undisturbed, config, tmp_path):
+def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(config, tmp_path, caplog):
     config.train.epochs = 1
     train(config, tmp_path)
-    expected = (tmp_path / "adapter.safetensors").read_bytes()
-    (tmp_path / "results.json").unlink()
-    newest = tmp_path / "checkpoints" / "160"
-    for path in (newest / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ValueError, match=r"160 is damaged.*Move that folder away"):
+    expected, kept = (tmp_path / "adapter.safetensors").read_bytes(), logged(tmp_path)
+
+    def damage(step, change):
+        (tmp_path / "results.json").unlink()
+        for path in (tmp_path / "checkpoints" / str(step) / "state").rglob("*"):
+            if path.is_file() and path.stat().st_size > 1000:
+                path.write_bytes(change(path.read_bytes()))
+
+    def cut(content):
+        return content[:20]
+
+    def one_byte(content):
+        return content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+
+    for change in (cut, one_byte):
+        damage(160, change)
         train(config, tmp_path)
-    newest.rename(tmp_path / "moved_away")
-    train(config, tmp_path)
-    assert (tmp_path / "adapter.safetensors").read_bytes() == expected
+        assert "Checkpoint 160 is damaged" in caplog.text
+        assert (tmp_path / "adapter.safetensors").read_bytes() == expected and logged(tmp_path) == kept
+        caplog.clear()
+    assert len(list((tmp_path / "damaged-checkpoints").iterdir())) == 2  # nothing is thrown away
+    for number in (150, 160):
+        (tmp_path / "results.json").touch()
+        damage(number, cut)
+    with pytest.raises(ValueError, match=r"160 is damaged.*no other can be read. Move .*checkpoints away"):
+        train(config, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"150", "160"}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
-    config.optimizer.lr = 1e30
-    config.optimizer.head_lr = 1e30
-    with pytest.raises(FloatingPointError, match="at step .*Lower config.optimizer.lr"):
+def explode_at(monkeypatch, *steps):
+    """Makes the loss of these steps NaN."""
+    whole = data.train_batches
+
+    def batches(task, *args, **kwargs):
+        def collate(rows):
+            batch = task.collate(rows)
+            return batch | {"explode": np.zeros(len(batch["label"]), np.float32)}
+
+        return whole(task._replace(collate=collate), *args, **kwargs)
+
+    def loss_of(model, task):
+        loss = step.make_loss(model, task)
+
+        def exploding(adapt, frozen, batch, key=None):
+            return loss(adapt, frozen, batch, key) + batch["explode"].mean()
+
+        return exploding
+
+    place, count = sharding.global_batch, iter(range(1, 10**6))
+
+    def global_batch(batch, mesh):
+        bad = next(count) in steps
+        return place(batch | {"explode": np.full_like(batch["explode"], np.nan if bad else 0)}, mesh)
+
+    monkeypatch.setattr(data, "train_batches", batches)
+    monkeypatch.setattr(sharding, "global_batch", global_batch)
+    monkeypatch.setattr("experiments.train.make_loss", loss_of)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_lost(config, tmp_path, monkeypatch):
+    config.train.epochs = 1
+    explode_at(monkeypatch, 65)
+    with pytest.raises(FloatingPointError, match="is nan at step 65, batch 65 of epoch 1.*Lower config.optimizer.lr"):
         train(config, tmp_path)
+    step, state = final_state(tmp_path)
+    assert step == 60 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["trainable"]))
+
+
+def test_a_loss_that_is_not_finite_may_be_passed_over(config, tmp_path, monkeypatch, capsys):
+    config.train.epochs = 1
+    config.train.nonfinite = "skip"
+    explode_at(monkeypatch, 65, 66, 150)
+    results = train(config, tmp_path)
+    shown = capsys.readouterr().out
+    assert "nan at step 65, batch 65 of epoch 1: passed over, as 2 of the last 10 steps were" in shown
+    assert "nan at step 150" in shown and results["steps"] == STEPS // 2
+    assert all(np.isfinite(row["loss"]) for row in logged(tmp_path) if "loss" in row)
+    assert np.isfinite(load_file(tmp_path / "adapter.safetensors")["theta"]).all()
+
+
+def test_a_disk_that_is_full_is_named_and_what_was_saved_stays(undisturbed, tiny_model, tmp_path):
+    for limit in (1, 3):  # KiB that a file may have: the config, and then no checkpoint
+        line = f'ulimit -f {limit}; exec "$@"'
+        done = subprocess.run(
+            ["bash", "-c", line, "-", *command(tiny_model, tmp_path)], cwd=ROOT, env=environment(tiny_model),
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        assert "File too large: " in done.stderr and "run the same command to go on" in done.stderr
+    finished = run(tiny_model, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
+
+
+def test_a_workdir_that_cannot_be_made_is_named(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory: .*file/run can't be written to.*choose another workdir"):
+        train(config, tmp_path / "file" / "run")
+
+
+def test_a_step_that_never_ends_ends_the_process(tiny_model, tmp_path):
+    code = (
+        "import pathlib, sys, time, experiments.train as t; from configs import quickstart; c = quickstart.get_config();"
+        f"c.model.source = {str(tiny_model)!r}; c.method.d = 256; c.train.step_timeout = 20.0;"
+        "save = t.Checkpoints.save; t.Checkpoints.save = lambda *a: (save(*a), time.sleep(1000));"
+        f"t.train(c, pathlib.Path({str(tmp_path)!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(tiny_model), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "Timeout (0:00:20)!" in done.stderr and "in _train" in done.stderr
 
 
 @pytest.mark.parametrize(
