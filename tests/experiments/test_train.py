@@ -14,8 +14,9 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import data, evaluate, plots, report, step
+from experiments import data, evaluate, plots, report
 from experiments.checkpoint import Interrupt
+from experiments.step import make_loss
 from experiments.train import train
 from gpart_jax import load_adapter, sharding
 
@@ -236,7 +237,7 @@ def explode_at(monkeypatch, *steps):
         return whole(task._replace(collate=collate), *args, **kwargs)
 
     def loss_of(model, task):
-        loss = step.make_loss(model, task)
+        loss = make_loss(model, task)
 
         def exploding(adapt, frozen, batch, key=None):
             return loss(adapt, frozen, batch, key) + batch["explode"].mean()
@@ -276,14 +277,13 @@ def test_a_loss_that_is_not_finite_may_be_passed_over(config, tmp_path, monkeypa
 
 
 def test_a_disk_that_is_full_is_named_and_what_was_saved_stays(undisturbed, tiny_model, tmp_path):
-    for limit in (1, 3):  # KiB that a file may have: the config, and then no checkpoint
-        line = f'ulimit -f {limit}; exec "$@"'
-        done = subprocess.run(
-            ["bash", "-c", line, "-", *command(tiny_model, tmp_path)], cwd=ROOT, env=environment(tiny_model),
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 1, done.stderr
-        assert "File too large: " in done.stderr and "run the same command to go on" in done.stderr
+    limited = ["bash", "-c", 'ulimit -f 3; exec "$@"', "-"]  # KiB that a file may have: the config, but no checkpoint
+    done = subprocess.run(
+        limited + command(tiny_model, tmp_path), cwd=ROOT, env=environment(tiny_model),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "File too large: " in done.stderr and "run the same command to go on" in done.stderr
     finished = run(tiny_model, tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
