@@ -22,11 +22,10 @@ def base_fingerprint(params, head_targets: Targets = None) -> str:
     have a given one.
     """
     own = select(params, head_targets) if head_targets is not None else {}
-    leaves = {path: leaf for path, leaf in select(params).items() if path not in own}
-    sums = {path: _checksum(leaf) for path, leaf in leaves.items()}  # all started before any is awaited
     digest = hashlib.sha256()
-    for path, leaf in leaves.items():
-        digest.update(f"{path}{tuple(leaf.shape)}".encode() + np.asarray(sums[path]).astype("<u4").tobytes())
+    for path, leaf in select(params).items():
+        if path not in own:  # awaited one by one: sums over processes that overtake one another may never end
+            digest.update(f"{path}{tuple(leaf.shape)}".encode() + np.asarray(_checksum(leaf)).astype("<u4").tobytes())
     return digest.hexdigest()[:16]
 
 
