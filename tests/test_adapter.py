@@ -237,18 +237,20 @@ def test_a_header_that_asks_for_much_gets_nothing(tmp_path, header):
     tracemalloc.stop()
 
 
-def test_an_interrupted_save_leaves_the_old_adapter(params, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", ["save_file", "os.fsync", "os.replace"])
+def test_an_interrupted_save_leaves_the_old_adapter(params, tmp_path, monkeypatch, at):
     path = tmp_path / "a.safetensors"
     save_adapter(path, SPECS[0], trained(SPECS[0], params)[1], params, HEAD)
     before = path.read_bytes()
 
-    def fail(tensors, file, metadata):
-        file.write_bytes(b"half")
+    def fail(*args, **_):
+        if at == "save_file":
+            args[1].write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("gpart_jax.adapter.file.save_file", fail)
-    with pytest.raises(OSError):
-        save_adapter(path, SPECS[0], trained(SPECS[0], params)[1], params, HEAD)
+    monkeypatch.setattr(f"gpart_jax.adapter.file.{at}", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(path, SPECS[0] | {"seed": 5}, trained(SPECS[0], params)[1], params, HEAD)
     assert path.read_bytes() == before
 
 

@@ -54,10 +54,9 @@ VIT_5 = {  # what transformers 5 calls the modules of a ViT's layers
     "intermediate": "mlp.fc1",
     "output": "mlp.fc2",
 }
-_BACKENDS = ("stateless", "implicit_stateless_v1")
 _FIXED = {  # options of theirs, and the values that we can read
     "peft_type": ("GPART",),
-    "assignment_backend": _BACKENDS,
+    "assignment_backend": ("stateless", "implicit_stateless_v1"),
     "projection_type": ("partition",),
     "grouping_strategy": ("random",),
     "partition_scope": ("global", "transformer_block"),
@@ -127,10 +126,7 @@ def read(directory: str | os.PathLike, model: nn.Module, params) -> Adapter:
     if theta is None or theta.shape != (config["d"],):
         raise ValueError(f"{directory / TENSORS} must hold {THETA!r} of shape ({config['d']},), as its config has d.")
 
-    chosen = layout(
-        model, params, config["target_modules"], bias=config["bias"] != "none",
-        layers_to_transform=config.get("layers_to_transform"), layers_pattern=config.get("layers_pattern"),
-    )  # fmt: skip
+    chosen = _layout_of(config, model, params)
     leaves, ours = dict(named_leaves(params)), _names(model, params)
     head = {}
     for name, tensor in tensors.items():
@@ -191,15 +187,22 @@ def write(
         )
 
     names = {path: name for name, path in _names(model, params).items()}
+    modules = {_module(names.get(path, "")) for path in adapter.head}  # saved whole
+    if partly := {path for path, name in names.items() if _module(name) in modules} ^ adapter.head.keys():
+        raise ValueError(
+            f"PEFT saves whole modules outside the layers, but of these only some leaves: {sorted(partly)}."
+        )
     tensors = {THETA: adapter.theta}
     for path, array in adapter.head.items():
         back = np.argsort(pretrained.kernel_axes(path, array.ndim))
         tensors[PREFIX + names[path]] = np.ascontiguousarray(array.transpose(back))
     stored = adapter.metadata.get("peft", {})
+    if stored and _layout_of(_DEFAULTS | stored, model, params) != targets:
+        stored = {}  # of another adapter
     config = {
         "auto_mapping": None, "base_model_name_or_path": base_model, "inference_mode": True, "layers_pattern": None,
         "layers_to_transform": None, "revision": None, "task_type": _task(model), "fan_in_fan_out": False,
-        "modules_to_save": sorted({names[path].split(".")[0] for path in adapter.head}) or None,
+        "modules_to_save": sorted(modules) or None,
         "target_modules": _target_modules(chosen, linears), "bias": "all" if bias else "none",
         "assignment_backend": "stateless",
     }  # fmt: skip
@@ -222,6 +225,13 @@ def write(
             os.replace(beside, folder / name)
 
     sharding.on_first_process(put)
+
+
+def _layout_of(config: dict, model: nn.Module, params) -> Layout:
+    return layout(
+        model, params, config["target_modules"], bias=config["bias"] != "none",
+        layers_to_transform=config.get("layers_to_transform"), layers_pattern=config.get("layers_pattern"),
+    )  # fmt: skip
 
 
 def _read_config(file: pathlib.Path) -> dict:
@@ -303,6 +313,11 @@ def _names(model: nn.Module, params) -> dict[str, str]:
     return {
         f"{DECODER[module]}.{'bias' if leaf == 'bias' else 'weight'}": path for path, (module, leaf) in split.items()
     }
+
+
+def _module(name: str) -> str:
+    """Which of modules_to_save a tensor of theirs belongs to."""
+    return "classifier" if name.startswith("classifier.") else name.rsplit(".", 1)[0]
 
 
 def _number(chosen: list[Linear], leaves: dict, bias: bool) -> Layout:

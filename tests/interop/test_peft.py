@@ -196,9 +196,12 @@ def test_what_their_release_does_not_have_cannot_be_written(tmp_path):
     spec |= {"scope": "global", "targets": "query/kernel$"}
     with pytest.raises(ValueError, match="not numbered as their release does"):
         peft.write(tmp_path, Adapter.of(spec, theta, params), model, params)
+    spec["targets"] = peft.layout(model, params, ["query"])
+    head = {"head": {"classifier/kernel": np.zeros((8, 2), np.float32)}}
+    with pytest.raises(ValueError, match="only some leaves: .'classifier/bias'"):
+        peft.write(tmp_path, Adapter.of(spec, theta | head, params, "^classifier/kernel$"), model, params)
     kernel = "layer_1/attention/query/kernel"
     other = replace_leaves(params, {kernel: 1 + dict(named_leaves(params))[kernel]})
-    spec["targets"] = peft.layout(model, params, ["query"])
     with pytest.raises(ValueError, match="trained on another model"):
         peft.write(tmp_path, Adapter.of(spec, theta, params), model, other)
     assert not list(tmp_path.iterdir())
