@@ -1,4 +1,6 @@
+import hashlib
 import json
+import re
 import struct
 import tracemalloc
 
@@ -216,6 +218,43 @@ def test_a_header_that_lies_is_refused(saved, length, content, keep):
     if path.read_bytes() != whole:
         with pytest.raises(ValueError):
             load(path)
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}, None),
+        ({"dtype": "F32", "shape": [9], "data_offsets": [-36, 0]}, "damaged"),
+        ({"dtype": "F32", "shape": [-9], "data_offsets": [0, 36]}, "damaged"),
+        ({"dtype": "F32", "shape": [2**62, 9], "data_offsets": [0, 36]}, "damaged"),
+        ({"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4 * 10**9]}, "damaged"),
+        ({"dtype": "F32", "shape": [9], "data_offsets": [2**64, 36]}, "damaged"),
+        ({"dtype": "object", "shape": [9], "data_offsets": [0, 36]}, "damaged"),
+        ({"dtype": "U8", "shape": [36], "data_offsets": [0, 36]}, "'theta' is U8"),
+        ({"dtype": "F16", "shape": [18], "data_offsets": [0, 36]}, "the shape of theta is"),
+        (None, "damaged"),
+    ],
+)
+def test_a_forged_header_with_the_right_digest_is_refused(saved, params, entry, message):
+    path, whole = saved
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length])
+    head = adapter_of(SPECS[0], params).head  # beside theta, as it was
+    data, start = np.zeros(9, np.float32).tobytes(), 36
+    forged = {"__metadata__": header["__metadata__"], "theta": entry}
+    for name, array in head.items():
+        forged[f"head/{name}"] = header[f"head/{name}"] | {"data_offsets": [start, start + array.nbytes]}
+        data, start = data + array.tobytes(), start + array.nbytes
+    text = re.sub(r'"sha256": "[0-9a-f]+"', f'"sha256": "{"0" * 64}"', forged["__metadata__"]["gpart_jax"])
+    forged["__metadata__"] = {"gpart_jax": text}
+    content = json.dumps(forged).encode()
+    content = struct.pack("<Q", len(content)) + content + data
+    path.write_bytes(content.replace(b"0" * 64, hashlib.sha256(content).hexdigest().encode(), 1))
+    if message is None:  # the forger's own work is sound
+        load(path).on(params)
+    else:
+        with pytest.raises(ValueError, match=message):
+            load(path).on(params)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Unmerged(NamedTuple):
     error: dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
     """d numbers, and all that gives them a meaning.
 
