@@ -75,8 +75,11 @@ def main(_):
         chosen = random.choice(options.adapters, distinct, replace=False)
         return chosen[np.arange(options.rows) % distinct]
 
-    def serve(which):
-        return run(stacked, params, batch, serving.plan(which, options.adapters), tables)
+    def plan(which, together=1):
+        return serving.plan(which, options.adapters, together=together)
+
+    def serve(which, together=1):
+        return run(stacked, params, batch, plan(which, together), tables)
 
     def one():
         return alone(tensors[0], params, batch)
@@ -85,10 +88,13 @@ def main(_):
     for count in counts:
         serve(mixed(count))
     one()
+    serve(mixed(options.rows), options.rows)
     compiled = run._cache_size()
-    times = {count: [] for count in ("one adapter, W0 + P theta at once", *counts)}
+    plain, at_once = "one adapter, without tiles", f"{options.rows} adapters, all tiles at once"
+    times = {count: [] for count in (plain, *counts, at_once)}
     for _ in range(options.repeats):
-        times["one adapter, W0 + P theta at once"].append(seconds(one))
+        times[plain].append(seconds(one))
+        times[at_once].append(seconds(lambda: serve(mixed(options.rows), options.rows)))
         for count in counts:
             which = mixed(count)  # others than before
             times[count].append(seconds(lambda: serve(which)))
@@ -99,11 +105,15 @@ def main(_):
         ratios = [value / other for value, other in zip(values, base)]
         label = name if isinstance(name, str) else f"{name} of {options.adapters:,} adapters"
         print(f"{label:<36}  {spread(values, digits=3):<24}  {spread(ratios)}")
-    for name, which in (("one adapter", mixed(1)), ("all different", mixed(options.rows))):
-        program = run.lower(stacked, params, batch, serving.plan(which, options.adapters), tables).compile()
+    for name, cut in (
+        ("one adapter", plan(mixed(1))),
+        ("all different", plan(mixed(options.rows))),
+        ("all different, all tiles at once", plan(mixed(options.rows), options.rows)),
+    ):
+        program = run.lower(stacked, params, batch, cut, tables).compile()
         print(f"temporaries, {name}: {program.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB")
 
-    planned = [seconds(lambda: serving.plan(mixed(options.rows), options.adapters)) for _ in range(200)]
+    planned = [seconds(lambda: plan(mixed(options.rows))) for _ in range(200)]
     print(f"switch: to other adapters, {spread(planned, 1e6, 0)} us a batch; nothing is compiled, nothing is copied")
     stacked = serving.put(stacked, 0, adapters[1])
     times = []
