@@ -15,6 +15,7 @@ import optax
 from configs import glue
 from experiments.data import Task
 from experiments.step import make_loss
+from experiments.text import INPUTS
 from gpart_jax import sharding
 from gpart_jax.methods import from_spec
 from gpart_jax.models import published
@@ -29,7 +30,7 @@ LENGTH = 128
 def left_alone(config, arguments) -> jax.stages.Compiled:
     """The same step through plain `jax.value_and_grad` under jit, the batch divided over the mesh."""
     model = EncoderClassifier(EncoderConfig.from_hf(published.CONFIGS[config.model.source]), 2)
-    loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), LENGTH))
+    loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), INPUTS, None))
     method = from_spec(config.method.to_dict(), config.head_targets)
 
     def value(trainable, frozen, batch, key):

@@ -20,8 +20,8 @@ from gpart_jax.models import published
 from launch.dryrun import describe
 
 
-def draw(arguments, vocab_size):
-    """Random weights, tokens and labels of those shapes; theta and the optimizer's state start at zero."""
+def draw(arguments, vocab_size=None):
+    """Random weights, tokens or images, and labels of those shapes; theta and the optimizer's state start at zero."""
     trainable, state, frozen, batch, key_data, _, _ = arguments
     random = np.random.default_rng(0)
 
@@ -31,11 +31,14 @@ def draw(arguments, vocab_size):
     def weights(tree):
         return jax.tree.map(lambda leaf: 0.02 * random.standard_normal(leaf.shape, np.float32), tree)
 
-    batch = {
-        "input_ids": random.integers(3, vocab_size, batch["input_ids"].shape, np.int32),
-        "attention_mask": np.ones(batch["attention_mask"].shape, np.int32),
-        "label": random.integers(0, 2, batch["label"].shape, np.int32),
-    }
+    if "pixel_values" in batch:
+        inputs = {"pixel_values": random.integers(0, 256, batch["pixel_values"].shape, np.uint8)}
+    else:
+        inputs = {
+            "input_ids": random.integers(3, vocab_size, batch["input_ids"].shape, np.int32),
+            "attention_mask": np.ones(batch["attention_mask"].shape, np.int32),
+        }
+    batch = inputs | {"label": random.integers(0, 2, batch["label"].shape, np.int32)}
     trainable = zeros(trainable) | {"head": weights(trainable["head"])}
     drawn = trainable, zeros(state), weights(frozen), batch, zeros(key_data)
     return sharding.place(drawn, jax.tree.map(lambda leaf: leaf.sharding, arguments[:5]))

@@ -17,7 +17,10 @@ _KEYS = {  # None: a value, or a section that is checked by its user
     "train": {"epochs", "batch_size", "accumulate", "eval_batch_size", "log_every", "checkpoint_every"},
     "optimizer": {"lr", "head_lr", "weight_decay", "schedule", "warmup", "clip"},
 }
-_OPTIONAL = {"model": {"dropout", "remat"}}  # of encoders, of decoders
+_OPTIONAL = {
+    "model": {"dropout", "remat", "shape"},  # of encoders, of decoders, of a fresh ViT
+    "train": {"export"},
+}
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:

@@ -1,62 +1,36 @@
-"""Labelled text: what a task's examples are, and how they become batches.
+"""What a task is, and how its training examples become batches: for text and for images alike."""
 
-An example is {"text": str or (str, str), "label": int or float, "input_ids": int32 (length,)}, with "token_type_ids" where
-the tokenizer tells the two texts of a pair apart by them, and with whatever else its task knows of it.
-"""
-
-import bisect
-import logging
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
-import tokenizers
 from sklearn.model_selection import train_test_split
 
-logger = logging.getLogger(__name__)
-
-LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # of batches, in tokens; each is compiled once
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 HOLDOUT_MINIMUM = 300
 
 
 class Task(NamedTuple):
-    """A task's three splits (lists of examples) and what is known of them."""
+    """A task's three splits (sequences of examples, each a dict with a "label") and what is known of them."""
 
-    train: list[dict]
-    validation: list[dict]  # empty: there is none, and the last epoch is tested
-    test: list[dict]
+    train: Sequence[dict]
+    validation: Sequence[dict]  # empty: there is none, and the last epoch is tested
+    test: Sequence[dict]
     labels: tuple[str, ...] | None  # None: a regression
     metrics: tuple[str, ...]  # of evaluate.METRICS; the first one chooses the epoch
-    max_length: int  # tokens of the longest example allowed
+    inputs: tuple[str, ...]  # what of a batch the model is given, where it is there
+    collate: Callable[[list[dict]], dict[str, np.ndarray]]  # examples -> batch
+    augment: Callable[[dict, np.random.Generator], dict] | None = None  # an example as training sees it this time
+    size: Callable[[dict], int] | None = None  # examples of like size are evaluated together
+    max_length: int | None = None  # of text: tokens of the longest example allowed
+    bucketed: bool = False  # whether examples of like size are trained on together
+    workers: int = 0  # processes that make the training batches; 0: threads of this one
 
     @property
     def outputs(self) -> int:
         """How many numbers a model has to give for an example."""
         return 1 if self.labels is None else len(self.labels)
-
-
-def encode(tokenizer: tokenizers.Tokenizer, examples: list[dict], max_length: int, name: str) -> None:
-    """Adds input_ids, and token_type_ids where there are any, to each example of the split `name`.
-
-    What is longer than `max_length` tokens is cut at its end (of a pair, the longer text is), and counted in a warning.
-    """
-    if not examples:
-        return
-    texts = [example["text"] for example in examples]
-    special = tokenizer.num_special_tokens_to_add(not isinstance(texts[0], str))
-    if max_length <= special:
-        raise ValueError(f"max_length = {max_length} leaves no room beside the {special} special tokens.")
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
-    cut = 0
-    for example, encoding in zip(examples, tokenizer.encode_batch(texts)):
-        example["input_ids"] = np.array(encoding.ids, np.int32)
-        if any(encoding.type_ids):
-            example["token_type_ids"] = np.array(encoding.type_ids, np.int32)
-        cut += bool(encoding.overflowing)
-    if cut:
-        logger.warning("%s: %d of %d texts are longer than %d tokens and were cut.", name, cut, len(texts), max_length)
 
 
 def hold_out(examples: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -88,14 +62,7 @@ def hold_out(examples: list[dict], share: float, seed: int) -> tuple[list[dict],
 
 
 def train_batches(
-    task: Task,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    pad: int,
-    *,
-    part: int = 0,
-    parts: int = 1,
+    task: Task, batch_size: int, epochs: int, seed: int, *, part: int = 0, parts: int = 1
 ) -> grain.DatasetIterator:
     """Shuffled batches of the training split, anew in each epoch; the incomplete last batch of an epoch is left out.
 
@@ -103,13 +70,12 @@ def train_batches(
       task: its examples.
       batch_size: of all processes together.
       epochs: how often each example may come.
-      seed: of the order.
-      pad: the id of the padding token.
-      part, parts: which of how many equal parts of every batch to give, all of the same length in tokens. What a whole
+      seed: of the order, and with epoch and place of what `task.augment` draws.
+      part, parts: which of how many equal parts of every batch to give, text of the same length in tokens. What a whole
         batch holds doesn't depend on their number.
 
     Returns:
-      An iterator of `collate`'s batches, whose position can be saved.
+      An iterator of `task.collate`'s batches, whose position can be saved.
 
     Raises:
       ValueError: a batch size that is no multiple of the parts, or larger than the split.
@@ -122,33 +88,53 @@ def train_batches(
         raise ValueError(f"batch_size = {batch_size} must be a multiple of {parts}, the parts it is divided into.")
 
     def own_part(rows):
-        return {name: array[part::parts] for name, array in collate(rows, pad, task.max_length).items()}
+        batch = task.collate([task.train[row] for row in rows])  # of all, whose longest sets the length
+        return {name: array[part::parts] for name, array in batch.items()}
 
-    dataset = grain.MapDataset.source(task.train).seed(seed).shuffle()
-    dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=own_part).repeat(epochs)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+    def own_part_augmented(rows_and_seeds):  # reads and decodes no more than its own
+        seeded = [(task.train[row], np.random.default_rng(seed)) for row, seed in rows_and_seeds[part::parts]]
+        return task.collate([task.augment(example, rng) for example, rng in seeded])
+
+    if task.bucketed:
+        buckets = Buckets([task.size(example) for example in task.train], batch_size, seed)
+        steps = epochs * (len(task.train) // batch_size)
+        dataset = grain.MapDataset.range(steps).map(lambda step: own_part(buckets.rows(step)))
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+    dataset = grain.MapDataset.range(len(task.train)).seed(seed).shuffle()
+    if task.augment:
+        dataset = dataset.random_map(lambda row, rng: (row, rng.integers(2**63, size=2)))
+    batch_fn = own_part_augmented if task.augment else own_part
+    dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=batch_fn).repeat(epochs)
+    # Tokens are put together by one thread, images decoded by several: Pillow lets them run at once.
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=8 if task.augment else 1, prefetch_buffer_size=8))
+    if task.workers:
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=task.workers))
+    return iter(batches)
 
 
-def collate(examples: list[dict], pad: int, max_length: int) -> dict[str, np.ndarray]:
-    """Stacks examples: input_ids, attention_mask (and token_type_ids), int32 (batch, length); label (batch,).
+class Buckets:
+    """Which examples are in which batch, where those of like size are to be together: less padding, as random an order.
 
-    The length is the longest example's, rounded up to one of LENGTHS, so that few lengths are compiled.
+    An epoch's examples are shuffled, sorted by size within spans of WINDOW batches, cut into batches, and the batches
+    shuffled. It is a function of the seed and the epoch alone.
     """
-    length = padded_length(max(len(example["input_ids"]) for example in examples), max_length)
-    batch = {"input_ids": np.full((len(examples), length), pad, np.int32)}
-    batch["attention_mask"] = np.zeros((len(examples), length), np.int32)
-    if "token_type_ids" in examples[0]:
-        batch["token_type_ids"] = np.zeros((len(examples), length), np.int32)
-    for row, example in enumerate(examples):
-        real = len(example["input_ids"])
-        batch["attention_mask"][row, :real] = 1
-        for name in batch.keys() & example.keys():
-            batch[name][row, :real] = example[name]
-    label = np.array([example["label"] for example in examples])
-    return batch | {"label": label.astype(np.float32 if label.dtype.kind == "f" else np.int32)}
 
+    WINDOW = 32
 
-def padded_length(longest: int, max_length: int) -> int:
-    """The smallest of LENGTHS that holds `longest` tokens, but never more than max_length."""
-    at = bisect.bisect_left(LENGTHS, longest)
-    return min(LENGTHS[at], max_length) if at < len(LENGTHS) else max_length
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int):
+        self._sizes, self._batch_size, self._seed = np.array(sizes), batch_size, seed
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of the batch of a step, counted from 0 over all epochs."""
+        epoch, batch = divmod(step, len(self._sizes) // self._batch_size)
+        return self._epoch(epoch)[batch]
+
+    def _make_epoch(self, epoch: int) -> np.ndarray:
+        random = np.random.default_rng([self._seed, epoch])
+        count = len(self._sizes) // self._batch_size
+        rows = random.permutation(len(self._sizes))[: count * self._batch_size]
+        span = self.WINDOW * self._batch_size
+        spans = [rows[start : start + span] for start in range(0, len(rows), span)]
+        ordered = np.concatenate([part[np.argsort(self._sizes[part], kind="stable")] for part in spans])
+        return random.permutation(ordered.reshape(count, self._batch_size))

@@ -1,18 +1,23 @@
-"""Scores a finished run's adapter, read from disk onto a freshly loaded model, on a split of its task.
+"""Scores a finished run's adapter, read from disk onto a freshly loaded model, on a split of its task or on a benchmark.
 
 python -m experiments.evaluate --workdir=runs/quickstart/gpart
+python -m experiments.evaluate --workdir=runs/smollm2 --benchmark=gsm8k --limit=200 [--base]
 """
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from absl import app, flags
 from flax import linen as nn
 from jax.sharding import NamedSharding
@@ -20,11 +25,16 @@ from jax.sharding import PartitionSpec as P
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from experiments import data
+from experiments import data, reasoning
+from experiments.checkpoint import write_json
 from experiments.logger import quiet
-from experiments.tasks import load_task
+from experiments.tasks import IMAGES, LANGUAGE, TEXT, load_task, task_kind
+from experiments.tasks.math import NEW_TOKENS
 from gpart_jax import load_adapter, sharding
-from gpart_jax.models import pretrained, storage
+from gpart_jax.models import decoder, pretrained, storage
+from gpart_jax.models.pretrained_decoder import load_decoder
+from gpart_jax.models.vit import ViTClassifier, ViTConfig
+from gpart_jax.models.vocabulary import load_vocabulary
 
 
 def _correlation(function):
@@ -45,44 +55,84 @@ class Experiment(NamedTuple):
     """What a config describes, apart from how it is trained: the model, its frozen params with a fresh head, the task."""
 
     model: nn.Module
-    params: Any  # on the host
+    params: Any  # on the host; a decoder's on the mesh
     task: data.Task
     rules: sharding.Rules  # how a mesh divides the params
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
-    """Loads the pretrained model and the tokenized task of a config."""
-    directory = storage.locate(config.model.source)
-    task = load_task(config.task.to_dict(), directory, config.seed)
-    model, params = pretrained.load_encoder(
-        directory,
-        task.outputs,
-        key=jax.random.key(config.seed),
-        dtype=jnp.dtype(config.model.dtype),
-    )
-    if task.max_length > model.config.max_length:
+def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Experiment:
+    """Loads the pretrained model of a config, or makes a fresh one of `config.model.shape`, and its task.
+
+    Args:
+      mesh: where a decoder's weights go; None: the first device.
+
+    Raises:
+      ValueError: a model and a task that don't go together, besides what loading raises.
+    """
+    source = config.model.source
+    where = storage.locate(source) if source else None
+    takes, gives = model_kind(where), task_kind(config.task.name)
+    if takes != gives:
         raise ValueError(
-            f"config.task.max_length = {task.max_length}, but {config.model.source} takes {model.config.max_length} tokens."
+            f"config.task.name = {config.task.name!r} gives {gives}, but config.model.source = {source!r} is a model of "
+            f"{takes}. Change one of them."
         )
-    if config.model.dropout is not None:
-        rates = dict.fromkeys(("hidden_dropout", "attention_dropout", "classifier_dropout"), config.model.dropout)
-        model = model.clone(config=dataclasses.replace(model.config, **rates))
-    return Experiment(model, jax.tree.map(np.asarray, params), task, sharding.ENCODER)
+    task = load_task(config.task.to_dict(), where, config.seed)
+    key, dtype = jax.random.key(config.seed), jnp.dtype(config.model.dtype)
+    if takes == LANGUAGE:
+        model, params = load_decoder(source, mesh=mesh, dtype=dtype, remat=config.model.remat)
+        rules, longest = sharding.DECODER_TIED if model.config.tied else sharding.DECODER, model.config.max_positions
+    elif takes == TEXT:
+        model, params = pretrained.load_encoder(where, task.outputs, key=key, dtype=dtype)
+        rules, longest = sharding.ENCODER, model.config.max_length
+    else:
+        rules, longest = sharding.VIT, None
+        if where is None:
+            model = ViTClassifier(ViTConfig(**config.model.shape.to_dict()), task.outputs, dtype)
+            params = jax.jit(model.init)(key, jnp.zeros(model.config.example.shape))["params"]
+        else:
+            model, params = pretrained.load_vit(where, task.outputs, key=key, dtype=dtype)
+    if longest is not None and task.max_length > longest:
+        raise ValueError(f"config.task.max_length = {task.max_length}, but {source} takes {longest} tokens.")
+    if takes == LANGUAGE:
+        return Experiment(model, params, task, rules)
+    if config.model.get("dropout") is not None:
+        rates = {"hidden_dropout", "attention_dropout", "classifier_dropout"} & vars(model.config).keys()
+        rated = dataclasses.replace(model.config, **dict.fromkeys(rates, config.model.dropout))
+        model = model.clone(config=rated)
+    return Experiment(model, jax.tree.map(np.asarray, params), task, rules)
 
 
-def predict(experiment: Experiment, params, examples: list[dict], batch_size: int) -> np.ndarray:
-    """Logits of a model with adapted params that lie on a mesh, float32 (examples, outputs)."""
+def model_kind(where: pathlib.Path | None) -> str:
+    """What a model at a place (None: a fresh one) is of: TEXT, IMAGES or LANGUAGE."""
+    if where is None:
+        return IMAGES
+    if where.suffix == ".gguf":
+        return LANGUAGE
+    family = storage.read_config(where).get("model_type")
+    return IMAGES if family == "vit" else LANGUAGE if family in decoder.FAMILIES else TEXT
+
+
+def predict(experiment: Experiment, params, examples: Sequence[dict], batch_size: int) -> np.ndarray:
+    """Logits of a model with adapted params that lie on a mesh, float32 (examples, outputs).
+
+    Of a decoder, for each text: the negative log-likelihood of its tokens, those that loss_mask names, and their number.
+    """
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     batch_size += -batch_size % (mesh.shape["data"] * mesh.shape["fsdp"])
     rows = NamedSharding(mesh, sharding.BATCH)
-    logits = np.zeros((len(examples), experiment.task.outputs), np.float32)
-    pad, max_length = experiment.model.config.pad_token_id, experiment.task.max_length
-    by_length = np.argsort([len(example["input_ids"]) for example in examples], kind="stable")  # little padding
-    for start in range(0, len(examples), batch_size):
-        chosen = by_length[start : start + batch_size]
+    task = experiment.task
+    logits = np.zeros((len(examples), 2 if task.metrics == ("loss",) else task.outputs), np.float32)
+    sizes = [task.size(example) for example in examples] if task.size else range(len(examples))
+    order = np.argsort(sizes, kind="stable")  # little padding
+
+    def collate(chosen):
         filled = np.resize(chosen, batch_size)  # repeats some, so that the last batch has the shape of the others
-        batch = data.collate([examples[n] for n in filled], pad, max_length)
-        inputs = {name: batch[name] for name in data.INPUTS if name in batch}
+        batch = task.collate([examples[n] for n in filled])
+        return chosen, {name: batch[name] for name in task.inputs if name in batch}
+
+    chunks = [order[start : start + batch_size] for start in range(0, len(examples), batch_size)]
+    for chosen, inputs in grain.MapDataset.source(chunks).map(collate).to_iter_dataset(grain.ReadOptions(8, 8)):
         whole = _logits(experiment.model, mesh, params, sharding.place(inputs, rows))
         logits[chosen] = np.asarray(whole)[: len(chosen)]
     return logits
@@ -90,7 +140,13 @@ def predict(experiment: Experiment, params, examples: list[dict], batch_size: in
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(model, mesh, params, inputs):
-    logits = model.apply({"params": params}, **inputs)
+    if isinstance(model, decoder.Decoder):
+        ids, learned = inputs["input_ids"], inputs["loss_mask"][:, 1:]
+        logits = model.apply({"params": params}, ids, inputs["attention_mask"])[:, :-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]) * learned
+        logits = jnp.stack([losses.sum(1), learned.sum(1)], axis=1)
+    else:
+        logits = model.apply({"params": params}, **inputs)
     return jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P()))  # so that every process has them
 
 
@@ -99,32 +155,87 @@ def predictions(task: data.Task, logits: np.ndarray) -> np.ndarray:
     return logits[:, 0] if task.labels is None else logits.argmax(-1)
 
 
-def score(task: data.Task, examples: list[dict], logits: np.ndarray) -> dict[str, float]:
+def score(task: data.Task, examples: Sequence[dict], logits: np.ndarray) -> dict[str, float]:
     """The task's metrics by name."""
+    if task.metrics == ("loss",):
+        return {"loss": float(logits[:, 0].sum(dtype=np.float64) / logits[:, 1].sum(dtype=np.float64))}
     labels = [example["label"] for example in examples]
     return {name: float(METRICS[name](labels, predictions(task, logits))) for name in task.metrics}
 
 
+def by_class(task: data.Task, examples: Sequence[dict], logits: np.ndarray) -> dict[str, float]:
+    """The share of each label's examples that are predicted right: its recall. Labels without an example are left out."""
+    labels = np.array([example["label"] for example in examples])
+    right = predictions(task, logits) == labels
+    return {name: float(right[labels == n].mean()) for n, name in enumerate(task.labels) if (labels == n).any()}
+
+
 def main(_):
     quiet()
-    workdir, split = pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.split
+    workdir, benchmark = pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.benchmark
     if not (workdir / "results.json").is_file():
         raise app.UsageError(f"{workdir} holds no finished run (no results.json). Train there first.")
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-    experiment = build(config)
+    if benchmark and task_kind(config.task.name) != LANGUAGE:
+        raise app.UsageError(f"--benchmark is for decoders, but {workdir} is a run of {config.task.name}.")
+    mesh = sharding.make_mesh(config.mesh.to_dict() if benchmark else None)
+    experiment = build(config, mesh)
     method, trainable = load_adapter(workdir / "adapter.safetensors", experiment.params)
-    shardings = sharding.param_shardings(experiment.params, sharding.make_mesh(), experiment.rules)
-    tables = method.tables(experiment.params)
-    params = sharding.place(jax.jit(method.apply)(experiment.params, trainable, None, tables), shardings)
-    examples = getattr(experiment.task, split)
+    shardings = sharding.param_shardings(experiment.params, mesh, experiment.rules)
+    params = sharding.place(experiment.params, shardings)
+    if not flags.FLAGS.base:
+        adapt = jax.jit(method.apply, out_shardings=shardings)
+        tables = sharding.replicate(method.tables(experiment.params), mesh)
+        params = adapt(params, sharding.replicate(trainable, mesh), None, tables)
+    if benchmark:
+        _answer(config, experiment, params, mesh, workdir, benchmark)
+    else:
+        _score(config, experiment, params, flags.FLAGS.split)
+
+
+def _score(config, experiment: Experiment, params, split: str) -> None:
+    examples, task = getattr(experiment.task, split), experiment.task
     if not examples:
         raise app.UsageError(f"This run held out no {split} examples (config.task.holdout).")
-    scores = score(experiment.task, examples, predict(experiment, params, examples, config.train.eval_batch_size))
-    for name, value in scores.items():
+    logits = predict(experiment, params, examples, config.train.eval_batch_size)
+    for name, value in score(task, examples, logits).items():
         print(f"{split} {name} {value:.4f} on {len(examples)} examples")
+    if task.labels is not None:
+        for label, value in by_class(task, examples, logits).items():
+            print(f"  {label}: {value:.4f}")
+
+
+def _answer(config, experiment: Experiment, params, mesh, workdir: pathlib.Path, benchmark: str) -> None:
+    base, vocab_size = flags.FLAGS.base, experiment.model.config.vocab_size
+    vocabulary = load_vocabulary(config.model.source, vocab_size)
+    examples = reasoning.load_benchmark(benchmark, flags.FLAGS.data_dir, flags.FLAGS.limit, config.seed)
+    digest = hashlib.sha256((workdir / "adapter.safetensors").read_bytes()).hexdigest()[:16]
+    folder = workdir / (f"{benchmark}-base" if base else benchmark)
+    rows = reasoning.answer_all(
+        experiment.model, params, mesh, vocabulary, benchmark, examples, folder,
+        settings={"model": config.model.source, "dtype": config.model.dtype, "adapter": None if base else digest},
+        batch_size=flags.FLAGS.batch, max_new_tokens=flags.FLAGS.max_new_tokens or NEW_TOKENS[benchmark],
+    )  # fmt: skip
+    share, low, high = reasoning.accuracy(rows)
+    print(f"{benchmark} accuracy {share:.4f} ({low:.4f} to {high:.4f}) on {len(rows)} problems: {folder}")
+    results = json.loads((workdir / "results.json").read_text())
+    kept = {name: results[name] for name in ("method", "seed", "trained_numbers", "adapter_bytes")}
+    if base:
+        config.method = ml_collections.ConfigDict(dict(name="base"))
+        kept |= {"method": "base", "trained_numbers": 0, "adapter_bytes": 0}
+    # As of a run, so that a report has them beside it.
+    write_json(folder / "config.json", json.loads(config.to_json()))
+    found = {"task": benchmark, "metric": "accuracy", "test": share, "interval": [low, high], "problems": len(rows)}
+    write_json(folder / "results.json", kept | found | {"device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"})
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of a finished run.", required=True)
     flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Which split to score.")
+    flags.DEFINE_bool("base", False, "The base model, without what the run trained.")
+    flags.DEFINE_enum("benchmark", None, list(reasoning.BENCHMARKS), "Of decoders: answer these problems instead.")
+    flags.DEFINE_string("data_dir", None, "Of a benchmark: where TFDS keeps GSM8K; MATH's file or folder.")
+    flags.DEFINE_integer("limit", None, "Of a benchmark: only the first so many problems.", lower_bound=1)
+    flags.DEFINE_integer("batch", 16, "Of a benchmark: how many problems are answered at a time.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", None, "Of a benchmark: of each answer; none: the recipe's.", lower_bound=1)
     app.run(main)

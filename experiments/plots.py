@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import statistics
 
 import matplotlib
@@ -12,32 +13,46 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from scipy.optimize import isotonic_regression  # noqa: E402
+from scipy.special import softmax  # noqa: E402
 from scipy.stats import norm  # noqa: E402
 
 COLORS = {
     "gpart": "#0b6e4f", "uni_lora": "#2f6690", "fastfood": "#d98e04", "lora": "#c1666b", "vera": "#7b4b94",
-    "bitfit": "#8a5a44", "head": "#7d8597", "full": "#3d405b",
+    "bitfit": "#8a5a44", "head": "#7d8597", "full": "#3d405b", "base": "#999999",
 }  # fmt: skip
+UNITS = {"loss": " (nats a token)"}  # of metrics that aren't shares
 OVER_D = ("gpart", "uni_lora", "fastfood")  # methods with a free d
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of a method's variants
+
+
+def shown(metric: str, value: float) -> float:
+    """A metric's value as tables and pictures have it: in percent, but for those of UNITS."""
+    return value if metric in UNITS else 100 * value
 
 
 def pictures(model: str, rows: list, out: pathlib.Path) -> None:
     """Draws what one model's rows (report.Row) have the runs for.
 
-    <metric>-over-d-<task>-<model>.png for each task with a method at two or more d; theta-<model>.png of the median run
-    of the GPart cell with most seeds, and then highest d.
+    <metric>-over-d-<task>-<model>.png for each task with a method at two or more d; by-class-<task>-<model>.png for each with more than
+    two classes; theta-<model>.png, and of images mistakes-<model>.png, of the median run of the GPart cell with most seeds, and
+    then highest d.
     """
     for column in sorted({column for row in rows for column in row.cells}):
         sizes = [(row.line, row.size) for row in rows if row.method in OVER_D and column in row.cells]
         if len(sizes) > len(dict(sizes)):
             task, metric = column
             draw_over_d(rows, column, out / f"{metric}-over-d-{task.replace('/', '-')}-{model}.png")
-    groups = [(row, group) for row in rows if row.method == "gpart" for group in row.cells.values()]
+        runs = [run for row in rows for run in row.cells.get(column, [])]
+        if all(len(run.results.get("test_by_class", ())) > 2 for run in runs):
+            draw_by_class(rows, column, out / f"by-class-{column[0].replace('/', '-')}-{model}.png")
+    cells = [(row, group) for row in rows if row.method == "gpart" for group in row.cells.values()]
+    groups = [cell for cell in cells if (cell[1][0].workdir / "adapter.safetensors").is_file()]
     if groups:
         row, group = max(groups, key=lambda pair: (len(pair[1]), pair[0].size))
-        median = sorted(group, key=lambda run: run.results["test"])[(len(group) - 1) // 2]
-        draw_theta(median, row.label, out / f"theta-{model}.png")
+        draw_theta(_median_run(group), row.label, out / f"theta-{model}.png")
+        mistakes = _median_run(group).workdir / "mistakes.png"
+        if mistakes.is_file():
+            shutil.copy(mistakes, out / f"mistakes-{model}.png")
 
 
 def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None:
@@ -56,15 +71,15 @@ def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None
     variants = dict.fromkeys(COLORS, 0)
     for line, points in lines.items():
         method, color = points[0].method, COLORS[points[0].method]
-        values = [[100 * run.results["test"] for run in row.cells[column]] for row in points]
+        values = [[shown(column[1], run.results["test"]) for run in row.cells[column]] for row in points]
         medians = [statistics.median(seeds) for seeds in values]
         if len(points) > 1:
             below = [median - min(seeds) for median, seeds in zip(medians, values)]
             above = [max(seeds) - median for median, seeds in zip(medians, values)]
-            marker, shown = MARKERS[variants[method] % len(MARKERS)]
+            marker, sign = MARKERS[variants[method] % len(MARKERS)]
             variants[method] += 1
             axes.errorbar([row.size for row in points], medians, [below, above], color=color, marker=marker, capsize=4)
-            ends.append((medians[-1], f"{shown} {line}", color))
+            ends.append((medians[-1], f"{sign} {line}", color))
         else:
             axes.axhline(medians[0], color=color, linestyle="--", linewidth=1)
             numbers = points[0].cells[column][0].results["trained_numbers"]
@@ -74,7 +89,11 @@ def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None
     axes.set_xticks(ticks, [f"{d:,}" for d in ticks], rotation=30, ha="right", rotation_mode="anchor")
     axes.minorticks_off()
     task, metric = column
-    axes.set(xlabel="d", ylabel=f"test {metric} (%)", title=f"{task}: median over seeds, bars from lowest to highest")
+    axes.set(
+        xlabel="d",
+        ylabel=f"test {metric}{UNITS.get(metric, ' (%)')}",
+        title=f"{task}: median over seeds, bars from lowest to highest",
+    )
     _tidy(axes)
     _label_ends(axes, ends)
     figure.savefig(path, dpi=110)
@@ -117,6 +136,59 @@ def draw_theta(run, title: str, path: pathlib.Path) -> None:
     _tidy(axes)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_mistakes(task, logits: np.ndarray, path: pathlib.Path, columns: int = 8, rows: int = 4) -> None:
+    """Draws wrongly predicted test images: those that the model was surest of, of every class in turn.
+
+    Args:
+      task: of images (data.Task).
+      logits: (examples, outputs) of its test split.
+      path: of the PNG.
+    """
+    labels = np.array([example["label"] for example in task.test])
+    predicted, sure = logits.argmax(-1), softmax(logits, axis=-1).max(-1)
+    wrong = np.flatnonzero(predicted != labels)
+    wrong = wrong[np.argsort(-sure[wrong], kind="stable")]
+    place = {n: np.count_nonzero(labels[wrong[:k]] == labels[n]) for k, n in enumerate(wrong.tolist())}
+    chosen = sorted(place, key=place.get)[: columns * rows]  # the first of each class, then the second
+    figure, panels = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.9 * rows), layout="constrained")
+    for axes in panels.flat:
+        axes.axis("off")
+    pixels = task.collate([task.test[n] for n in chosen])["pixel_values"] if chosen else []
+    for axes, n, image in zip(panels.flat, chosen, pixels):
+        axes.imshow(image)
+        axes.set_title(f"{task.labels[labels[n]]}\nnot {task.labels[predicted[n]]}, {100 * sure[n]:.0f} %", fontsize=7)
+    figure.suptitle(f"{len(wrong):,} of {len(labels):,} test images are wrong; the surest of each class")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_by_class(rows: list, column: tuple[str, str], path: pathlib.Path) -> None:
+    """Draws each class's accuracy as dots, one for each row (report.Row): the median run's.
+
+    Args:
+      rows: of one model, with runs of this column.
+      column: task and metric.
+      path: of the PNG.
+    """
+    found = {row.label: _median_run(row.cells[column]).results["test_by_class"] for row in rows if column in row.cells}
+    classes = sorted({name for values in found.values() for name in values})
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.28 * len(classes)), layout="constrained")
+    for number, (title, values) in enumerate(found.items()):
+        at = [classes.index(name) for name in values]
+        color, marker = plt.cm.tab10(number % 10), MARKERS[number // 10 % len(MARKERS)][0]
+        axes.plot([100 * value for value in values.values()], at, marker, color=color, label=title, alpha=0.8)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="right of the class's test images (%)", title=f"{column[0]}, of each method the median run")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    _tidy(axes)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _median_run(group: list):
+    return sorted(group, key=lambda run: run.results["test"])[(len(group) - 1) // 2]
 
 
 def _tidy(axes) -> None:

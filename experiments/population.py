@@ -27,6 +27,7 @@ from experiments.config import FREE, check_config, differences
 from experiments.logger import Logger
 from experiments.optimizer import make_optimizer
 from experiments.step import make_loss
+from experiments.tasks import LANGUAGE, task_kind
 from experiments.train import Stopwatch, check_finite, finish, initial_state, keep_best
 from gpart_jax import sharding
 from gpart_jax.methods import from_spec
@@ -62,6 +63,8 @@ def train_population(
             )
     if jax.process_count() > 1 or configs[0].mesh.fsdp != 1 or configs[0].mesh.tensor != 1:
         raise ValueError("A population runs in one process, its members along 'data'. Run this config alone.")
+    if task_kind(configs[0].task.name) == LANGUAGE:
+        raise ValueError("A population is of encoders or ViTs. Run decoders one by one, without --population.")
     with contextlib.ExitStack() as claims:
         for config, workdir in zip(configs, workdirs):
             claims.enter_context(claim_workdir(config, workdir))
@@ -79,13 +82,12 @@ def _train(configs, workdirs, devices) -> None:
     methods = [from_spec(member.method.to_dict(), member.head_targets) for member in configs]
     experiments = _share([evaluate.build(member) for member in configs], methods)
     model, params, task, _ = experiments[0]
+    pad = getattr(model.config, "pad_token_id", None)
     steps_per_epoch = len(task.train) // config.train.batch_size
     total_steps = config.train.epochs * steps_per_epoch
     optimizers = [make_optimizer(total_steps, **member.optimizer) for member in configs]
     batches = [
-        data.train_batches(
-            experiment.task, config.train.batch_size, config.train.epochs, member.seed, model.config.pad_token_id
-        )
+        data.train_batches(experiment.task, config.train.batch_size, config.train.epochs, member.seed)
         for member, experiment in zip(configs, experiments)
     ]
     states = [
@@ -125,7 +127,7 @@ def _train(configs, workdirs, devices) -> None:
         keys = sharding.place(_stack([state["key"] for state in states]), along)
         watch, losses = Stopwatch(), []
         while step < total_steps:
-            batch = sharding.place(_stack_batches([next(own) for own in batches], model.config.pad_token_id), along)
+            batch = sharding.place(_stack_batches([next(own) for own in batches], pad), along)
             *trained, loss = step_all(*trained, frozen, batch, keys, step, tables, rates)
             step += 1
             losses.append(loss)
@@ -234,14 +236,13 @@ def _member(tree, number: int):
     return jax.tree.map(lambda x: np.asarray(x[number]), tree)
 
 
-def _stack_batches(batches: list[dict], pad: int) -> dict:
-    """Batches of several lengths as one of the longest."""
-    length = max(batch["input_ids"].shape[1] for batch in batches)
+def _stack_batches(batches: list[dict], pad: int | None) -> dict:
+    """Batches, those of text of several lengths as of the longest."""
     stacked = {}
     for name in batches[0]:
         rows = [batch[name] for batch in batches]
-        if name in data.INPUTS:
-            fill = pad if name == "input_ids" else 0
+        if rows[0].ndim == 2:  # tokens
+            fill, length = pad if name == "input_ids" else 0, max(x.shape[1] for x in rows)
             rows = [np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=fill) for x in rows]
         stacked[name] = np.stack(rows)
     return stacked

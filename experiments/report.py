@@ -96,8 +96,10 @@ def rows(runs: list[Run]) -> list[Row]:
 
 def by_model(runs: list[Run]) -> dict[str, list[Row]]:
     """The rows of each model."""
-    models = sorted({run.config["model.source"] for run in runs})
-    return {model: rows([run for run in runs if run.config["model.source"] == model]) for model in models}
+    models = collections.defaultdict(list)
+    for run in runs:
+        models[run.config["model.source"] or "trained from nothing"].append(run)
+    return {model: rows(models[model]) for model in sorted(models)}
 
 
 def markdown(runs: list[Run]) -> str:
@@ -166,7 +168,10 @@ def _tables(runs: list[Run]) -> tuple[dict[str, list[list[str]]], list[str]]:
     published, sources, tables = json.loads(PUBLISHED.read_text()), [], {}
     for model, found in by_model(runs).items():
         columns = sorted({column for row in found for column in row.cells})
-        titles = [(f"{task.removeprefix('glue/')}, {metric} (%)", "published") for task, metric in columns]
+        titles = [
+            (f"{task.removeprefix('glue/')}, {metric}{plots.UNITS.get(metric, ' (%)')}", "published")
+            for task, metric in columns
+        ]
         lines = [["method", "trained numbers", "adapter bytes", *(title for pair in titles for title in pair)]]
         for row in found:
             mine = [run.results for group in row.cells.values() for run in group]
@@ -213,11 +218,12 @@ def _range(values: list[int]) -> str:
 def _cell(group: list[Run]) -> str:
     if not group:
         return ""
-    seeds, values = [str(run.results["seed"]) for run in group], [100 * run.results["test"] for run in group]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    metric, seeds = group[0].results["metric"], [str(run.results["seed"]) for run in group]
+    values, digits = [plots.shown(metric, run.results["test"]) for run in group], 3 if metric in plots.UNITS else 1
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return (
-        f"{statistics.median(values):.1f} "
-        f"(mean {statistics.mean(values):.1f}{spread}; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)})"
+        f"{statistics.median(values):.{digits}f} "
+        f"(mean {statistics.mean(values):.{digits}f}{spread}; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)})"
     )
 
 
@@ -250,18 +256,22 @@ def print_table(results: list[dict]) -> None:
     rich.console.Console().print(table)
 
 
+def write(runs: list[Run], out: pathlib.Path) -> None:
+    """Writes table.md, table.tex, table.csv and the pictures of plots.pictures into a folder, made if need be."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(markdown(runs))
+    (out / "table.tex").write_text(latex(runs))
+    write_csv(runs, out / "table.csv")
+    for model, found in by_model(runs).items():
+        plots.pictures(pathlib.Path(model).name, found, out)
+
+
 def main(_):
     runs = find_runs(pathlib.Path(flags.FLAGS.workdir))
     print(markdown(runs))
     if flags.FLAGS.out:
-        out = pathlib.Path(flags.FLAGS.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(markdown(runs))
-        (out / "table.tex").write_text(latex(runs))
-        write_csv(runs, out / "table.csv")
-        for model, found in by_model(runs).items():
-            plots.pictures(pathlib.Path(model).name, found, out)
-        print(f"Tables and pictures: {out}")
+        write(runs, pathlib.Path(flags.FLAGS.out))
+        print(f"Tables and pictures: {flags.FLAGS.out}")
 
 
 if __name__ == "__main__":

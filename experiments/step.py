@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from experiments.data import INPUTS, Task
+from experiments.data import Task
 from gpart_jax.methods import Method
 from gpart_jax.models.decoder import Decoder
 from gpart_jax.sharding import value_and_grad
@@ -16,11 +16,14 @@ from gpart_jax.sharding import value_and_grad
 def make_loss(model: nn.Module, task: Task) -> Callable:
     """loss(adapt, frozen, batch, key=None) -> float32 (): the mean over a batch, with the model's dropout if there is a key.
 
-    `adapt` is a bound method. Cross-entropy; for a regression the squared error, as in the authors' release.
+    `adapt` is a bound method. Cross-entropy; for a regression the squared error, as in the authors' release; for a decoder
+    `make_language_loss`.
     """
+    if isinstance(model, Decoder):
+        return make_language_loss(model)
 
     def loss(adapt, frozen, batch, key=None):
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        inputs = {name: batch[name] for name in task.inputs if name in batch}
         rngs = None if key is None else {"dropout": key}
         logits = model.apply({"params": adapt(frozen)}, **inputs, train=key is not None, rngs=rngs)  # (batch, outputs)
         if task.labels is None:

@@ -22,7 +22,7 @@ from absl import app, flags
 from jax.flatten_util import ravel_pytree
 from matplotlib import pyplot as plt
 
-from experiments import data, evaluate, report
+from experiments import evaluate, report
 from experiments.logger import quiet
 from experiments.plots import COLORS
 from experiments.step import make_loss
@@ -148,7 +148,7 @@ def surfaces(runs: list[report.Run], radius: float | None, points: int, examples
     config = json.loads((runs[0].workdir / "config.json").read_text())
     model, params, task, _ = evaluate.build(ml_collections.ConfigDict(config))
     chosen = np.linspace(0, len(task.test) - 1, min(examples, len(task.test))).astype(int)
-    batch = data.collate([task.test[row] for row in chosen], model.config.pad_token_id, task.max_length)
+    batch = task.collate([task.test[row] for row in chosen])
     radius = radius or moved(params, runs[0].workdir / "adapter.safetensors")
     at, found = np.linspace(-radius, radius, points), []
     for run in runs:

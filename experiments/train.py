@@ -5,7 +5,8 @@
 Several processes, each with the variables of experiments/processes.py set, make one run: see launch/.
 
 The workdir then holds: config.json; checkpoints/ (what is trained, its optimizer, the data position, the RNG; never the
-frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best epoch); results.json; predictions.jsonl.
+frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best epoch); results.json; predictions.jsonl;
+of images mistakes.png; with config.train.export the adapted model, whole.
 """
 
 import json
@@ -29,10 +30,12 @@ from experiments.checkpoint import Checkpoints, Interrupt, claim_workdir, write_
 from experiments.config import check_config
 from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
+from experiments.plots import draw_mistakes
 from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_train_step
 from gpart_jax import load_adapter, save_adapter, sharding
 from gpart_jax.methods import Method, from_spec, trained_numbers
+from gpart_jax.models import pretrained
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Sequence | None = None) -> dict:
@@ -65,16 +68,15 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
         print(f"{workdir} is finished; see its results.json.")
         return json.loads((workdir / "results.json").read_text())
 
-    experiment = evaluate.build(config)
+    experiment = evaluate.build(config, mesh)
     model, params, task, rules = experiment
     steps_per_epoch = len(task.train) // config.train.batch_size
     total_steps = config.train.epochs * steps_per_epoch
     optimizer = make_optimizer(total_steps, **config.optimizer)
     part, parts = sharding.data_part(mesh)
     batches = data.train_batches(
-        task, config.train.batch_size, config.train.epochs, config.seed, model.config.pad_token_id,
-        part=part, parts=parts,
-    )  # fmt: skip
+        task, config.train.batch_size, config.train.epochs, config.seed, part=part, parts=parts
+    )
 
     state = initial_state(config, method, optimizer, params)
     shardings = sharding.param_shardings(params, mesh, rules)
@@ -151,7 +153,8 @@ def initial_state(config, method: Method, optimizer: optax.GradientTransformatio
 
 def keep_best(state: dict, trainable, task: data.Task, scores: dict, epoch: int) -> None:
     """Remembers in state["best"] what an epoch ended with, if it is the best so far, or if no validation tells."""
-    value = scores.get(task.metrics[0], -math.inf)
+    sign = -1 if task.metrics[0] == "loss" else 1
+    value = sign * scores.get(task.metrics[0], -sign * math.inf)
     if value > state["best"]["score"] or not task.validation:
         state["best"] = {"trainable": jax.tree.map(np.array, trainable), "score": value, "epoch": epoch}
 
@@ -174,6 +177,16 @@ def finish(config, workdir, experiment, best: dict, total_steps: int, score: Cal
         return json.loads((workdir / "results.json").read_text())
     write_predictions(workdir / "predictions.jsonl", task, task.test, logits)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    more |= {"test_by_class": evaluate.by_class(task, task.test, logits)} if task.labels else {}
+    if task.augment:
+        draw_mistakes(task, logits, workdir / "mistakes.png")
+    if config.train.get("export"):
+        adapted = (
+            experiment.model,
+            from_spec(config.method.to_dict(), config.head_targets).apply(experiment.params, loaded),
+        )
+        pretrained.save(workdir / "model", *adapted, task.labels)
+        logger.say(f"the adapted model, as a Hugging Face directory: {workdir / 'model'}")
     results = {
         "method": config.method.name,
         "task": config.task.name,
@@ -216,11 +229,17 @@ class Stopwatch:
 
 
 def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict], logits: np.ndarray) -> None:
-    """One JSON object a line: what is known of the example, the predicted label or score, the logits."""
+    """One JSON object a line: what is known of the example, the predicted label or score, the logits.
+
+    Of a decoder: the loss, in nats a token, and the number of tokens.
+    """
     with path.open("w") as file:
         for example, row, prediction in zip(examples, logits.tolist(), evaluate.predictions(task, logits).tolist()):
-            known = {name: value for name, value in example.items() if name not in data.INPUTS}
-            file.write(json.dumps(known | {"prediction": prediction, "logits": row}) + "\n")
+            known = {name: value for name, value in example.items() if not isinstance(value, np.ndarray | bytes)}
+            found = {"prediction": prediction, "logits": row}
+            if task.metrics == ("loss",):
+                found = {"loss": row[0] / row[1], "tokens": int(row[1])}
+            file.write(json.dumps(known | found) + "\n")
 
 
 def main(_):

@@ -24,11 +24,11 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 Rules = Sequence[tuple[str, P]]
-ENCODER: Rules = (
+VIT: Rules = (
     (r"/(query|key|value|intermediate)/kernel$", P("fsdp", "tensor")),
     (r"/(out|output)/kernel$", P("tensor", "fsdp")),
-    (r"embeddings/word/", P("tensor", "fsdp")),
 )
+ENCODER: Rules = (*VIT, (r"embeddings/word/", P("tensor", "fsdp")))
 DECODER_TIED: Rules = (  # layers are stacked along axis 0; the embedding is the output layer too
     (r"^layers/.*/(query|key|value|gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"^layers/.*/(out|down)/kernel$", P(None, "tensor", "fsdp")),
@@ -98,11 +98,16 @@ def param_shardings(params, mesh: Mesh, rules: Rules = ()):
 
 
 def place(tree, shardings):
-    """Puts host arrays, of which every process holds the whole, onto the mesh. `shardings`: a tree, or one for all."""
+    """Puts host arrays, of which every process holds the whole, onto the mesh. `shardings`: a tree, or one for all.
+
+    What lies there already stays.
+    """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
 
     def put(x, sharding):
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

@@ -30,11 +30,13 @@ from experiments.data import Task
 from experiments.logger import quiet
 from experiments.optimizer import make_optimizer
 from experiments.step import make_language_loss, make_loss, make_train_step
+from experiments.text import INPUTS
 from gpart_jax import sharding
 from gpart_jax.methods import from_spec, trained_numbers
 from gpart_jax.models import decoder, published
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
+from gpart_jax.models.vit import ViTClassifier, ViTConfig
 from launch import hlo
 
 GIB = 2**30
@@ -54,7 +56,7 @@ class Step(NamedTuple):
 
 
 def describe(config, mesh, length: int | None = None) -> Step:
-    """The step of a config on a mesh, for batches of `length` tokens (None: the longest that the task has)."""
+    """The step of a config on a mesh, for texts of `length` tokens (None: the longest that the task has)."""
     described, dtype = published.CONFIGS.get(config.model.source), jnp.dtype(config.model.dtype)
     if (file := pathlib.Path(config.model.source) / "config.json").is_file():
         described = json.loads(file.read_text())
@@ -63,9 +65,16 @@ def describe(config, mesh, length: int | None = None) -> Step:
             f"The shape of {config.model.source} isn't known: it is no directory with a config.json, and none of "
             f"{', '.join(published.CONFIGS)}."
         )
-    length = config.task.max_length if length is None else length
     rows = config.train.batch_size
     sharding.check_batch("config.train.batch_size", rows, mesh, config.train.accumulate)
+    label = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    if described["model_type"] == "vit":
+        model, size = ViTClassifier(ViTConfig.from_hf(described), 2, dtype), config.task.image_size
+        rules = sharding.VIT
+        loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), ("pixel_values",), None))
+        pixels = jax.ShapeDtypeStruct((rows, size, size, model.config.channels), jnp.uint8)
+        return _step(config, mesh, model, rules, loss, {"pixel_values": pixels, "label": label}, (pixels,))
+    length = config.task.max_length if length is None else length
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = {"input_ids": tokens, "attention_mask": tokens}
     if described["model_type"] in decoder.FAMILIES:
@@ -76,11 +85,14 @@ def describe(config, mesh, length: int | None = None) -> Step:
     else:
         model = EncoderClassifier(EncoderConfig.from_hf(described), 2, dtype)
         rules = sharding.ENCODER
-        loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), length))
-        batch["label"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), INPUTS, None))
+        batch["label"] = label
+    return _step(config, mesh, model, rules, loss, batch, (tokens, tokens))
 
+
+def _step(config, mesh, model, rules, loss, batch, example) -> Step:
     key = jax.random.key(0)
-    frozen = jax.eval_shape(model.init, key, tokens, tokens)["params"]
+    frozen = jax.eval_shape(model.init, key, *example)["params"]
     shardings = sharding.param_shardings(frozen, mesh, rules)
     method = from_spec(config.method.to_dict(), config.head_targets)
     optimizer = make_optimizer(1000, **config.optimizer)
@@ -199,9 +211,12 @@ def main(_):
         raise app.UsageError(str(error)) from error
     trained = trained_numbers(step.arguments[0])
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    rows, length = step.arguments[3]["input_ids"].shape
+    batch = step.arguments[3]
+    text = "input_ids" in batch
+    rows, *sizes = batch["input_ids" if text else "pixel_values"].shape
     print(
-        f"{config.model.source}: {step.params:,} numbers, {trained:,} trained ({config.method.name}); {rows} x {length} tokens"
+        f"{config.model.source}: {step.params:,} numbers, {trained:,} trained ({config.method.name}); "
+        f"{rows} {'x' if text else 'images of'} {' x '.join(map(str, sizes))}{' tokens' if text else ''}"
     )
     print(f"{count} devices: {shape}; compiled for {chip if on_tpu else 'virtual CPU devices'}", flush=True)
 
@@ -225,5 +240,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("mesh", "data:-1", "Sizes of the axes data, fsdp and tensor; -1: the rest of the devices.")
     flags.DEFINE_integer("devices", 64, "How many devices.", lower_bound=1)
     flags.DEFINE_enum("chip", None, list(CHIPS), "Which chip; none: say of each whether it has the memory.")
-    flags.DEFINE_integer("length", None, "Tokens of every example; none: config.task.max_length.", lower_bound=2)
+    flags.DEFINE_integer("length", None, "Tokens of every text; none: config.task.max_length.", lower_bound=2)
     app.run(main)

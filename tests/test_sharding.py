@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.data import Task
 from experiments.step import make_language_loss, make_loss, make_train_step
+from experiments.text import INPUTS
 from gpart_jax import (
     canonical_layout,
     chain,
@@ -55,7 +56,7 @@ def case(family):
     if family == "encoder":
         model = EncoderClassifier(ENCODER, 2)
         method = chain(gpart(D, 1, targets="(query|value)/kernel", dropout=0.1), head("^classifier/"))
-        loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), LENGTH))
+        loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), INPUTS, None))
         batch["label"] = ids[:, 0] % 2
         rules = sharding.ENCODER
     else:

@@ -1,4 +1,4 @@
-"""The tasks by name. Each is a function (tokenizer, *, seed, **options) -> Task; its options are those of config.task."""
+"""The tasks by name. Each is a function of the options of config.task, and of the seed, to a Task."""
 
 import functools
 import inspect
@@ -9,16 +9,39 @@ import tokenizers
 from experiments.data import Task
 from experiments.tasks.glue import FIELDS, load_glue
 from experiments.tasks.lexicon import load_lexicon
+from experiments.tasks.math import TRAINING_DATA, load_reasoning
+from experiments.tasks.vision import SOURCES, load_vision
+from gpart_jax.models.encoder import EncoderConfig
+from gpart_jax.models.pretrained_decoder import read_decoder_config
+from gpart_jax.models.storage import read_config
+from gpart_jax.models.vocabulary import load_vocabulary
 
-TASKS = {"lexicon": load_lexicon} | {f"glue/{name}": functools.partial(load_glue, name) for name in FIELDS}
+TEXT, IMAGES, LANGUAGE = "text", "images", "language"
+TASKS = {  # name -> what a model of it reads, and the function that loads it
+    "lexicon": (TEXT, load_lexicon),
+    **{f"glue/{name}": (TEXT, functools.partial(load_glue, name)) for name in FIELDS},
+    **{name: (IMAGES, functools.partial(load_vision, name)) for name in SOURCES},
+    **{name: (LANGUAGE, functools.partial(load_reasoning, name)) for name in TRAINING_DATA},
+}
 
 
-def load_task(spec: dict, model_dir: pathlib.Path, seed: int) -> Task:
-    """The task that config.task describes, tokenized by the tokenizer in `model_dir`.
+def task_kind(name: str) -> str:
+    """What a task gives: TEXT, IMAGES or LANGUAGE.
+
+    Raises:
+      ValueError: an unknown task.
+    """
+    if name not in TASKS:
+        raise ValueError(f"Unknown task {name!r}. Choose one of {', '.join(TASKS)}.")
+    return TASKS[name][0]
+
+
+def load_task(spec: dict, where: pathlib.Path | None, seed: int) -> Task:
+    """The task that config.task describes; a text is tokenized by the model's tokenizer.
 
     Args:
       spec: {"name": "glue/sst2", "max_length": 64, ...}.
-      model_dir: holds tokenizer.json.
+      where: the model's directory or GGUF file. A task of images needs none.
       seed: of the held-out split, where the task makes one.
 
     Raises:
@@ -27,16 +50,27 @@ def load_task(spec: dict, model_dir: pathlib.Path, seed: int) -> Task:
     """
     options = dict(spec)
     name = options.pop("name", None)
-    if name not in TASKS:
-        raise ValueError(f"Unknown task {name!r}. Choose one of {', '.join(TASKS)}.")
-    path = model_dir / "tokenizer.json"
-    if not path.is_file():
+    kind, load = task_kind(name), TASKS[name][1]
+    if kind == TEXT:
+        tokenizer = read_tokenizer(where)
+        load = functools.partial(load, tokenizer, pad=EncoderConfig.from_hf(read_config(where)).pad_token_id)
+    elif kind == LANGUAGE:
+        load = functools.partial(load, load_vocabulary(where, read_decoder_config(where).vocab_size))
+    try:
+        inspect.signature(load).bind(seed=seed, **options)
+    except TypeError as error:
+        raise ValueError(f"Task {name!r} with options {options}: {error}.") from None
+    return load(seed=seed, **options)
+
+
+def read_tokenizer(model_dir: pathlib.Path | None) -> tokenizers.Tokenizer:
+    """The tokenizer beside a model's weights.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if model_dir is None or not (model_dir / "tokenizer.json").is_file():
         raise FileNotFoundError(
             f"{model_dir} holds no tokenizer.json. Save the model's fast tokenizer beside its weights."
         )
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    try:
-        inspect.signature(TASKS[name]).bind(tokenizer, seed=seed, **options)
-    except TypeError as error:
-        raise ValueError(f"Task {name!r} with options {options}: {error}.") from None
-    return TASKS[name](tokenizer, seed=seed, **options)
+    return tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))

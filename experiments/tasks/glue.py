@@ -8,7 +8,8 @@ import tensorflow_datasets as tfds
 import tensorflow_datasets.text.glue  # registers GLUE, so that what isn't on disk yet has its features and version
 import tokenizers
 
-from experiments.data import Task, encode, hold_out
+from experiments.data import Task, hold_out
+from experiments.text import encode, text_task
 
 FIELDS = {  # the texts of an example, in the order in which the model reads them
     "cola": ("sentence",),
@@ -33,6 +34,7 @@ def load_glue(
     name: str,
     tokenizer: tokenizers.Tokenizer,
     *,
+    pad: int,
     seed: int,
     max_length: int,
     holdout: float,
@@ -44,6 +46,7 @@ def load_glue(
     Args:
       name: a key of FIELDS.
       tokenizer: of the model.
+      pad: the id of the model's padding token.
       seed: of the held-out split.
       max_length: in tokens, special ones counted. Longer texts are cut; of a pair, the longer one first.
       holdout: share of the training examples that chooses the epoch, as in `data.hold_out`; 0 tests the last epoch.
@@ -63,7 +66,7 @@ def load_glue(
     train, validation = hold_out(train[:train_examples], holdout, seed)
     for split, examples in {"train": train, "validation": validation, "test": test}.items():
         encode(tokenizer, examples, max_length, f"glue/{name} {split}")
-    return Task(train, validation, test, labels, METRICS[name], max_length)
+    return text_task(train, validation, test, labels=labels, metrics=METRICS[name], pad=pad, max_length=max_length)
 
 
 def _read(builder: tfds.core.DatasetBuilder, split: str, name: str, labels: tuple[str, ...] | None) -> list[dict]:

@@ -7,10 +7,11 @@ import re
 
 import tokenizers
 
-from experiments.data import Task, encode
+from experiments.data import Task
+from experiments.text import encode, text_task
 
 
-def load_lexicon(tokenizer: tokenizers.Tokenizer, *, max_length: int, seed: int) -> Task:
+def load_lexicon(tokenizer: tokenizers.Tokenizer, *, pad: int, max_length: int, seed: int) -> Task:
     """The human-rated words of VADER's lexicon (Hutto and Gilbert, ICWSM 2014).
 
     The 7,340 entries that hold a letter; the label is the sign of the mean rating of ten people, -4 ... 4. A hash of the
@@ -33,4 +34,5 @@ def load_lexicon(tokenizer: tokenizers.Tokenizer, *, max_length: int, seed: int)
             splits[name].append({"text": word, "label": int(float(rating) > 0), "rating": float(rating)})
     for name, examples in splits.items():
         encode(tokenizer, examples, max_length, f"lexicon {name}")
-    return Task(**splits, labels=("negative", "positive"), metrics=("accuracy",), max_length=max_length)
+    labels = ("negative", "positive")
+    return text_task(**splits, labels=labels, metrics=("accuracy",), pad=pad, max_length=max_length)

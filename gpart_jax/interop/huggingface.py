@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from gpart_jax import sharding
 from gpart_jax.adapter import Adapter
-from gpart_jax.models import pretrained
+from gpart_jax.models import pretrained, pretrained_decoder
+from gpart_jax.models.decoder import FAMILIES, Decoder
 from gpart_jax.models.encoder import EncoderClassifier
 from gpart_jax.models.storage import locate, read_config
 from gpart_jax.models.vit import ViTClassifier
@@ -19,11 +21,19 @@ LOAD = {"bert": pretrained.load_encoder, "roberta": pretrained.load_encoder, "vi
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"
 )  # fmt: skip
-SAVE = {EncoderClassifier: pretrained.save, ViTClassifier: pretrained.save}
+
+
+def _save_decoder(directory, model, params, labels):
+    del labels  # of classes, which a language model has none of
+    merged = model.clone(param_dtype=params["embed"]["embedding"].dtype)
+    pretrained_decoder.save(directory, merged, params)
+
+
+SAVE = {EncoderClassifier: pretrained.save, ViTClassifier: pretrained.save, Decoder: _save_decoder}
 
 
 def load_base(source: str | os.PathLike, adapter: Adapter | None = None):
-    """(model, params): a pretrained model under a head of as many outputs as the adapter's; else as its config says.
+    """(model, params): a pretrained model, a classifier's head with as many outputs as the adapter's, or as its config says.
 
     Args:
       source: as in `models.storage.locate`.
@@ -31,15 +41,16 @@ def load_base(source: str | os.PathLike, adapter: Adapter | None = None):
     Raises:
       FileNotFoundError, ValueError: as `load_encoder`; a family that isn't here.
     """
-    config = read_config(locate(source))
+    where = locate(source)
+    config = read_config(where) if where.is_dir() else {"model_type": "llama"}  # of GGUF files, Llamas alone
     family = config.get("model_type")
+    if family in FAMILIES:
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        return pretrained_decoder.load_decoder(source, dtype=jnp.dtype(dtype))
     if family not in LOAD:
-        raise ValueError(f"{source} is a {family!r}; what can be read here is {', '.join(LOAD)}.")
-    biases = [
-        x
-        for path, x in (adapter.head if adapter else {}).items()
-        if path in ("classifier/bias", "classifier/out_proj/bias")
-    ]
+        raise ValueError(f"{source} is a {family!r}; what can be read here is {', '.join((*LOAD, *FAMILIES))}.")
+    head = adapter.head if adapter else {}
+    biases = [head[path] for path in ("classifier/bias", "classifier/out_proj/bias") if path in head]
     outputs = len(biases[0]) if biases else len(config.get("id2label", {})) or config.get("num_labels", 2)
     return LOAD[family](source, outputs, key=jax.random.key(0))
 

@@ -29,23 +29,12 @@ from flax import linen as nn
 
 from gpart_jax import sharding
 from gpart_jax.adapter import Adapter
-from gpart_jax.models import pretrained
+from gpart_jax.models import pretrained, pretrained_decoder
+from gpart_jax.models.storage import replace
 from gpart_jax.targets import Layout, Leaf, named_leaves
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 THETA, PREFIX = "base_model.gpart_theta_d", "base_model.model."
-DECODER = {  # our module -> theirs, in their order, where "#" is the number of the layer
-    "embed": "model.embed_tokens",
-    "layers/attention/query": "model.layers.#.self_attn.q_proj",
-    "layers/attention/key": "model.layers.#.self_attn.k_proj",
-    "layers/attention/value": "model.layers.#.self_attn.v_proj",
-    "layers/attention/out": "model.layers.#.self_attn.o_proj",
-    "layers/mlp/gate": "model.layers.#.mlp.gate_proj",
-    "layers/mlp/up": "model.layers.#.mlp.up_proj",
-    "layers/mlp/down": "model.layers.#.mlp.down_proj",
-    "norm": "model.norm",
-    "lm_head": "lm_head",
-}
 VIT_5 = {  # what transformers 5 calls the modules of a ViT's layers
     "attention/query": "attention.q_proj",
     "attention/key": "attention.k_proj",
@@ -220,9 +209,7 @@ def write(
             TENSORS: lambda file: safetensors.numpy.save_file(tensors, file, {"format": "pt"}),
             CONFIG: lambda file: file.write_text(text),
         }.items():
-            beside = folder / f".{name}.{os.getpid()}"
-            save(beside)
-            os.replace(beside, folder / name)
+            replace(folder / name, save)
 
     sharding.on_first_process(put)
 
@@ -277,9 +264,10 @@ def _linears(model: nn.Module, leaves: dict) -> list[list[Linear]]:
     """Their linear modules in the order of the model; for a ViT by the names of transformers 4, then by those of 5."""
     config = model.config
     if config.family not in pretrained.MODULES:
-        stacked = [path for path in DECODER if path.startswith("layers/")]
+        table = {path: name for path, name in pretrained_decoder.MODULES.items() if f"{path}/kernel" in leaves}
+        stacked = {path: name for path, name in table.items() if "#" in name}
         layers = [
-            Linear(DECODER[path].replace("#", str(n)), path, n) for n in range(config.num_layers) for path in stacked
+            Linear(stacked[path].replace("#", str(n)), path, n) for n in range(config.num_layers) for path in stacked
         ]
         return [layers + ([Linear("lm_head", "lm_head", None)] if "lm_head/kernel" in leaves else [])]
     table = pretrained.MODULES[config.family]
@@ -308,11 +296,7 @@ def _names(model: nn.Module, params) -> dict[str, str]:
     family, paths = model.config.family, [path for path, _ in named_leaves(params)]
     if family in pretrained.MODULES:
         return {_name(path, family): path for path in paths}
-    whole = [path for path in paths if not path.startswith("layers/")]
-    split = {path: path.rsplit("/", 1) for path in whole}
-    return {
-        f"{DECODER[module]}.{'bias' if leaf == 'bias' else 'weight'}": path for path, (module, leaf) in split.items()
-    }
+    return {pretrained_decoder.names(path, model.config)[0]: path for path in paths if not path.startswith("layers/")}
 
 
 def _module(name: str) -> str:

@@ -11,7 +11,7 @@ the size of one head.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,12 +103,22 @@ class DecoderConfig:
         config = defaults | {name: value for name, value in config.items() if value is not None}
         if family == "gemma":  # its first files say "gelu" and mean this
             config["hidden_act"] = config.get("hidden_activation", "gelu_pytorch_tanh")
-        if family == "qwen2" and not config.get("use_sliding_window"):
-            config.pop("sliding_window", None)
+        if family == "qwen2":
+            layers = config.get("num_hidden_layers", 0)
+            unlimited = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
+            if unlimited >= layers:
+                config.pop("sliding_window", None)
+            elif unlimited > 0:
+                raise ValueError(
+                    f"config.json has max_window_layers {unlimited} of {layers}; in this decoder a sliding window is of "
+                    "all layers or none."
+                )
         for name in ("attention_bias", "mlp_bias"):
             if config.get(name):
                 raise ValueError(f"config.json has {name} true; this decoder has no such biases.")
-        config["rope_scaling"] = _rope_scaling(config.get("rope_scaling"))
+        rope = config.get("rope_parameters", {})  # transformers 5 has both in here
+        config["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
+        config["rope_scaling"] = _rope_scaling(rope or config.get("rope_scaling"))
         optional = {"sliding_window", "rope_scaling"}
         fields = {field.name: HF_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
         missing = [name for name in fields.values() if config.get(name) is None and name not in optional]
@@ -116,14 +126,42 @@ class DecoderConfig:
             raise ValueError(f"config.json lacks {', '.join(missing)}. Add what the model was trained with.")
         return cls(**{field: config.get(name) for field, name in fields.items()})
 
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of which `from_hf` makes this."""
+        config = {HF_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        if self.rope_scaling is not None:
+            config["rope_scaling"]["rope_type"] = "llama3"
+        if self.family == "qwen2":
+            config |= {"use_sliding_window": self.sliding_window is not None, "max_window_layers": 0}
+        if self.family == "gemma":
+            config["hidden_activation"] = self.hidden_act
+        return config
+
 
 def _rope_scaling(described: dict | None) -> RopeScaling | None:
-    if not described or described.get("rope_type", described.get("type")) == "default":
-        return None
+    described = {name: value for name, value in (described or {}).items() if name != "rope_theta"}
     kind = described.get("rope_type", described.get("type"))
+    if not described or kind == "default":
+        return None
     if kind != "llama3":
         raise ValueError(f"config.json has rope_scaling {kind!r}; this decoder supports 'llama3' or none.")
-    return RopeScaling(**{field.name: described[field.name] for field in dataclasses.fields(RopeScaling)})
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    if missing := [name for name in names if name not in described]:
+        raise ValueError(f"config.json's rope_scaling lacks {', '.join(missing)}. Add what the model was trained with.")
+    return RopeScaling(**{name: described[name] for name in names})
+
+
+class Cache(NamedTuple):
+    """The keys and values of a batch's columns so far, so that each is computed once."""
+
+    key: jax.Array  # (layers, B, S, K, D), S columns in all
+    value: jax.Array  # likewise
+    filled: jax.Array  # int (), how many columns are written
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, rows: int, columns: int, dtype) -> "Cache":
+        shape = (config.num_layers, rows, columns, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
 
 class Decoder(nn.Module):
@@ -140,9 +178,11 @@ class Decoder(nn.Module):
       input_ids: int (B, L); L is at most `config.max_positions`.
       attention_mask: int or bool (B, L); zero where a token is padding, on the left or on the right.
       adapt: a bound method (`Method.bind`).
+      cache: of S columns. The L tokens are its next columns; `attention_mask` is (B, S), of all columns that this call
+        writes or finds written, and zero after them. Nothing checks that they have room.
 
     Returns:
-      float32 (B, L, vocab_size).
+      float32 (B, L, vocab_size). With a cache: those of the last column alone, (B, vocab_size), and the cache.
 
     Raises:
       ValueError: sequences that are too long.
@@ -154,7 +194,7 @@ class Decoder(nn.Module):
     remat: str = "full"  # of REMAT
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, adapt: Callable | None = None) -> jax.Array:
+    def __call__(self, input_ids, attention_mask, adapt: Callable | None = None, cache: Cache | None = None):
         config = self.config
         length = input_ids.shape[1]
         if length > config.max_positions:
@@ -171,13 +211,16 @@ class Decoder(nn.Module):
             hidden *= jnp.asarray(config.hidden_size**0.5, self.dtype)
 
         real = attention_mask.astype(bool)
-        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)  # (B, L), from a row's first real token
-        rope = _rope(config, positions)
-        ahead = jnp.arange(length)[:, None] - jnp.arange(length)  # (L, L), how far the key lies before the query
+        start = 0 if cache is None else cache.filled
+        # S is the number of the cache's columns, or L.
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)  # (B, S), from a row's first real token
+        rope = _rope(config, jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1))
+        columns = jnp.arange(real.shape[1])
+        ahead = start + columns[:length, None] - columns  # (L, S), how far the key lies before the query
         seen = ahead >= 0
         if config.sliding_window is not None:
             seen &= ahead < config.sliding_window
-        mask = seen & real[:, None, None]  # (B, 1, L, L)
+        mask = seen & real[:, None, None]  # (B, 1, L, S)
 
         layer = Layer(config, self.dtype, self.param_dtype, parent=None)
 
@@ -185,11 +228,11 @@ class Decoder(nn.Module):
             keys = jax.random.split(key, config.num_layers)
             return jax.vmap(lambda key: layer.init(key, hidden, rope, mask)["params"])(keys)
 
-        def one_layer(hidden, number_and_weights):
-            number, weights = number_and_weights
+        def one_layer(carry, number_and_weights):
+            (hidden, cache), (number, weights) = carry, number_and_weights
             if adapt is not None:
                 weights = adapt({"layers": weights}, layer=number)["layers"]
-            return layer.apply({"params": weights}, hidden, rope, mask), None
+            return layer.apply({"params": weights}, hidden, rope, mask, cache, number), None
 
         if self.is_initializing():
             layers = self.param("layers", init_layers)
@@ -198,13 +241,14 @@ class Decoder(nn.Module):
         one_layer = jax.checkpoint(
             one_layer, policy=REMAT[self.remat], prevent_cse=False
         )  # a scan needs no such barrier
-        hidden, _ = jax.lax.scan(one_layer, hidden, (jnp.arange(config.num_layers), layers))
+        (hidden, cache), _ = jax.lax.scan(one_layer, (hidden, cache), (jnp.arange(config.num_layers), layers))
 
+        if cache is not None:
+            hidden = hidden[:, -1]
         hidden = RMSNorm(config, self.dtype, self.param_dtype, name="norm")(hidden)
-        if config.tied:
-            return embed.attend(hidden).astype(jnp.float32)
-        lm_head = _dense(config.vocab_size, self, "lm_head")
-        return lm_head(hidden).astype(jnp.float32)  # (B, L, vocab_size)
+        output = embed.attend if config.tied else _dense(config.vocab_size, self, "lm_head")
+        logits = output(hidden).astype(jnp.float32)  # (B, L, vocab_size)
+        return logits if cache is None else (logits, cache._replace(filled=cache.filled + length))
 
 
 class Layer(nn.Module):
@@ -213,11 +257,12 @@ class Layer(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, hidden, rope, mask):
+    def __call__(self, hidden, rope, mask, cache=None, number=None):
         types = self.config, self.dtype, self.param_dtype
-        attended = Attention(*types, name="attention")(RMSNorm(*types, name="attention_norm")(hidden), rope, mask)
+        normed = RMSNorm(*types, name="attention_norm")(hidden)
+        attended, cache = Attention(*types, name="attention")(normed, rope, mask, cache, number)
         hidden += whole(attended)
-        return hidden + whole(MLP(*types, name="mlp")(RMSNorm(*types, name="mlp_norm")(hidden)))
+        return hidden + whole(MLP(*types, name="mlp")(RMSNorm(*types, name="mlp_norm")(hidden))), cache
 
 
 class Attention(nn.Module):
@@ -226,7 +271,7 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, hidden, rope, mask):
+    def __call__(self, hidden, rope, mask, cache, number):
         config = self.config
         batch, length, _ = hidden.shape
 
@@ -237,8 +282,13 @@ class Attention(nn.Module):
         query = _rotate(project(config.num_heads, "query"), rope)  # (B, L, A, D)
         key = _rotate(project(config.num_kv_heads, "key"), rope)  # (B, L, K, D)
         value = project(config.num_kv_heads, "value")
+        if cache is not None:  # all layers' lies in the scan's carry, where it is written in place
+            at = (number, 0, cache.filled, 0, 0)
+            written = [jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, (key, value))]
+            key, value = (array[number] for array in written)  # (B, S, K, D)
+            cache = Cache(*written, cache.filled)
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)  # (B, L, A, D)
-        return _dense(config.hidden_size, self, "out")(mixed.reshape(batch, length, -1))
+        return _dense(config.hidden_size, self, "out")(mixed.reshape(batch, length, -1)), cache
 
 
 class MLP(nn.Module):

@@ -10,7 +10,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from gpart_jax.models import encoder, vit
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
-from gpart_jax.models.storage import WEIGHTS, Tensor, locate, open_tensors, read_config
+from gpart_jax.models.storage import WEIGHTS, Tensor, locate, open_tensors, read_config, read_preprocessor, replace
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,9 @@ def load_vit(source: str | os.PathLike, num_labels: int, *, key: jax.Array, dtyp
       (model, params): a `ViTClassifier` and its nested dict of float32 arrays.
     """
     directory = locate(source)
-    config = dataclasses.replace(ViTConfig.from_hf(read_config(directory)), pooler=pooler)
+    described = read_preprocessor(directory)
+    normalised = {name: tuple(described[name]) for name in ("image_mean", "image_std") if name in described}
+    config = dataclasses.replace(ViTConfig.from_hf(read_config(directory)), pooler=pooler, **normalised)
     model = ViTClassifier(config, num_labels, dtype)
     return model, _load(directory, model, jax.eval_shape(model.init, key, model.config.example)["params"], key)
 
@@ -194,16 +196,18 @@ def save(directory: str | os.PathLike, model: nn.Module, params, labels: Sequenc
         stored = np.asarray(leaf).transpose(np.argsort(kernel_axes(path, leaf.ndim)))
         tensors[without if path.startswith("classifier/") else prefixed] = np.ascontiguousarray(stored)
     hf_names = (vit if config.family == "vit" else encoder).HF_NAMES
-    described = {hf_names.get(name, name): value for name, value in dataclasses.asdict(config).items()}
+    if config.family == "vit":
+        size = {"height": config.image_size, "width": config.image_size}
+        prepared = {"image_processor_type": "ViTImageProcessor", "size": size, "resample": 2}  # bilinear
+        each = config.channels // len(config.image_mean)
+        prepared |= {"image_mean": config.image_mean * each, "image_std": config.image_std * each}
+        replace(directory / "preprocessor_config.json", lambda file: file.write_text(json.dumps(prepared) + "\n"))
+    ours = {"pooler", "image_mean", "image_std"}  # which a config.json doesn't have
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ours}
+    described = {hf_names.get(name, name): value for name, value in fields.items()}
     described |= {"architectures": [ARCHITECTURES[config.family]], "num_labels": model.num_labels}
     if labels is not None:
         described["id2label"] = dict(enumerate(labels))
         described["label2id"] = {label: number for number, label in enumerate(labels)}
-    _replace(directory / "config.json", lambda file: file.write_text(json.dumps(described, indent=2) + "\n"))
-    _replace(directory / WEIGHTS, lambda file: safetensors.numpy.save_file(tensors, file, {"format": "pt"}))
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(beside)
-    os.replace(beside, path)
+    replace(directory / "config.json", lambda file: file.write_text(json.dumps(described, indent=2) + "\n"))
+    replace(directory / WEIGHTS, lambda file: safetensors.numpy.save_file(tensors, file, {"format": "pt"}))

@@ -6,7 +6,13 @@ _ROBERTA = dict(
 )  # fmt: skip
 _QWEN2 = dict(model_type="qwen2", vocab_size=151_936, rms_norm_eps=1e-6, rope_theta=1_000_000.0, hidden_act="silu")
 
+_VIT = dict(model_type="vit", image_size=224, patch_size=16, num_channels=3, layer_norm_eps=1e-12, hidden_act="gelu")
+
 CONFIGS = {
+    "google/vit-base-patch16-224-in21k": _VIT
+    | dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "google/vit-large-patch16-224-in21k": _VIT
+    | dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
     "FacebookAI/roberta-base": _ROBERTA
     | dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "FacebookAI/roberta-large": _ROBERTA

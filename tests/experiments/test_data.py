@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from experiments import data
+from experiments import data, text
 from experiments.tasks import load_task
 from experiments.tasks.lexicon import load_lexicon
 
@@ -40,7 +40,7 @@ def test_long_texts_are_cut_and_counted(tiny_model, caplog):
 def test_of_a_pair_the_longer_text_is_cut(tiny_model):
     tokenizer = tokenizers.Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     examples = [{"text": ("abcdefgh", "ab"), "label": 0}]
-    data.encode(tokenizer, examples, 9, "pairs")
+    text.encode(tokenizer, examples, 9, "pairs")
     first, second = ["a", "##b", "##c", "##d"], ["a", "##b"]
     tokens = [tokenizer.id_to_token(n) for n in examples[0]["input_ids"]]
     assert tokens == ["[CLS]", *first, "[SEP]", *second, "[SEP]"]
@@ -56,12 +56,12 @@ def test_a_length_without_room_for_a_token_is_refused(tiny_model):
     "longest, max_length, padded", [(1, 64, 8), (8, 64, 8), (9, 64, 16), (33, 64, 48), (49, 50, 50), (513, 600, 600)]
 )
 def test_batches_come_in_few_lengths(longest, max_length, padded):
-    assert data.padded_length(longest, max_length) == padded
+    assert text.padded_length(longest, max_length) == padded
 
 
 def test_collate_pads():
     rows = [{"input_ids": np.arange(1, 4), "label": 1}, {"input_ids": np.arange(1, 10), "label": 0}]
-    batch = data.collate(rows, 99, 64)
+    batch = text.collate(rows, 99, 64)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 16)
     assert batch["input_ids"][0].tolist() == [1, 2, 3] + [99] * 13
     assert batch["attention_mask"].sum(1).tolist() == [3, 9]
@@ -71,42 +71,42 @@ def test_collate_pads():
 
 def test_collate_keeps_token_types_and_scores():
     rows = [{"input_ids": np.arange(1, 4), "token_type_ids": np.array([0, 1, 1]), "label": 2.5}] * 2
-    batch = data.collate(rows, 99, 64)
+    batch = text.collate(rows, 99, 64)
     assert batch["token_type_ids"].tolist() == [[0, 1, 1, 0, 0, 0, 0, 0]] * 2
     assert batch["label"].tolist() == [2.5, 2.5] and batch["label"].dtype == np.float32
 
 
 def numbered(count):
     examples = [{"input_ids": np.arange(1 + n % 12), "label": n} for n in range(count)]
-    return data.Task(examples, [], [], ("none",), ("accuracy",), 16)
+    return text.text_task(examples, [], [], labels=("none",), metrics=("accuracy",), pad=0, max_length=16)
 
 
 def test_every_epoch_sees_each_example_at_most_once_in_its_own_order():
-    labels = [batch["label"] for batch in data.train_batches(numbered(10), 3, 4, seed=1, pad=0)]
+    labels = [batch["label"] for batch in data.train_batches(numbered(10), 3, 4, seed=1)]
     epochs = np.array(labels).reshape(4, 9)
     assert all(len(set(epoch)) == 9 for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
-    again = [batch["label"] for batch in data.train_batches(numbered(10), 3, 4, seed=1, pad=0)]
+    again = [batch["label"] for batch in data.train_batches(numbered(10), 3, 4, seed=1)]
     np.testing.assert_array_equal(labels, again)
-    other = [batch["label"] for batch in data.train_batches(numbered(10), 3, 4, seed=2, pad=0)]
+    other = [batch["label"] for batch in data.train_batches(numbered(10), 3, 4, seed=2)]
     assert not np.array_equal(labels, other)
 
 
 def test_batches_go_on_from_a_saved_position():
-    batches = data.train_batches(numbered(10), 3, 4, seed=1, pad=0)
+    batches = data.train_batches(numbered(10), 3, 4, seed=1)
     for _ in range(5):
         next(batches)
     position = batches.get_state()
     rest = [batch["label"] for batch in batches]
-    resumed = data.train_batches(numbered(10), 3, 4, seed=1, pad=0)
+    resumed = data.train_batches(numbered(10), 3, 4, seed=1)
     resumed.set_state(position)
     np.testing.assert_array_equal(rest, [batch["label"] for batch in resumed])
     assert len(rest) == 7
 
 
 def test_processes_share_each_batch():
-    whole = list(data.train_batches(numbered(50), 12, 2, seed=1, pad=0))
-    parts = [list(data.train_batches(numbered(50), 12, 2, 1, 0, part=n, parts=3)) for n in range(3)]
+    whole = list(data.train_batches(numbered(50), 12, 2, seed=1))
+    parts = [list(data.train_batches(numbered(50), 12, 2, 1, part=n, parts=3)) for n in range(3)]
     assert len(whole) == len(parts[0]) == 8
     for batch, *shares in zip(whole, *parts):
         for name, array in batch.items():
@@ -116,7 +116,7 @@ def test_processes_share_each_batch():
 
 def test_a_batch_that_processes_cannot_share_is_refused():
     with pytest.raises(ValueError, match="batch_size = 10 must be a multiple of 4, the parts"):
-        data.train_batches(numbered(50), 10, 1, 0, 0, part=0, parts=4)
+        data.train_batches(numbered(50), 10, 1, 0, part=0, parts=4)
 
 
 @pytest.mark.parametrize("share, count", [(0.15, 300), (0.2, 400)])
@@ -158,4 +158,4 @@ def test_a_missing_word_list_names_its_package(tiny_model, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     tokenizer = tokenizers.Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     with pytest.raises(FileNotFoundError, match="pip install vaderSentiment"):
-        load_lexicon(tokenizer, max_length=16, seed=0)
+        load_lexicon(tokenizer, pad=0, max_length=16, seed=0)

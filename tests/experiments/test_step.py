@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from configs import glue
-from experiments import data
+from experiments import text
 from experiments.optimizer import make_optimizer
 from experiments.step import make_language_loss, make_loss, make_train_step
 from gpart_jax import canonical_layout, sharding
@@ -41,8 +41,10 @@ def test_twenty_steps_follow_the_authors_release():
     method = chain(gpart(official["d"], official["seed"], targets=layout, scheme="splitmix64"), head("^classifier/"))
 
     examples = [{"text": text, "label": label} for text, label in zip(official["texts"], official["labels"])]
-    data.encode(tokenizers.Tokenizer.from_file(str(locate(MINILM) / "tokenizer.json")), examples, 128, "official")
-    task = data.Task(examples, [], [], ("negative", "positive"), ("accuracy",), 128)
+    text.encode(tokenizers.Tokenizer.from_file(str(locate(MINILM) / "tokenizer.json")), examples, 128, "official")
+    task = text.text_task(
+        examples, [], [], labels=("negative", "positive"), metrics=("accuracy",), pad=0, max_length=128
+    )
     optimizer = optax.chain(
         # Passes the gradient on, and keeps the norm of theta's as its state.
         optax.GradientTransformation(lambda _: jnp.zeros(()), lambda g, *_: (g, optax.global_norm(g["theta"]))),
@@ -58,10 +60,10 @@ def test_twenty_steps_follow_the_authors_release():
 
     trainable, key_data = method.init(params, jax.random.key(0)), jax.random.key_data(jax.random.key(0))
     state, losses, norms = optimizer.init(trainable), [], []
-    longest = data.padded_length(max(len(example["input_ids"]) for example in examples), 128)
+    longest = text.padded_length(max(len(example["input_ids"]) for example in examples), 128)
     for number in range(20):
         rows = examples[number * official["batch"] : (number + 1) * official["batch"]]
-        batch = data.collate(rows, model.config.pad_token_id, 128)
+        batch = text.collate(rows, model.config.pad_token_id, 128)
         batch = {  # all of one length, so that one program serves
             name: x if x.ndim == 1 else np.pad(x, ((0, 0), (0, longest - x.shape[1]))) for name, x in batch.items()
         }
@@ -91,10 +93,10 @@ def test_the_real_recipe_lowers_at_full_size(size, n):
 
 def test_a_regression_trains_on_the_squared_error(tiny_model):
     model, params = load_encoder(tiny_model, 1, key=jax.random.key(0))
-    task = data.Task([], [], [], None, ("pearson",), 16)
+    task = text.text_task([], [], [], labels=None, metrics=("pearson",), pad=0, max_length=16)
     method = head("^classifier/")
     examples = [{"input_ids": np.array([2, 5 + n, 3]), "label": 1.5 * n} for n in range(4)]
-    batch = data.collate(examples, 0, 16)
+    batch = text.collate(examples, 0, 16)
     trainable = method.init(params, jax.random.key(0))
     scores = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])[:, 0]
     expected = np.mean([(score - 1.5 * n) ** 2 for n, score in enumerate(np.array(scores))])
@@ -105,8 +107,8 @@ def test_a_regression_trains_on_the_squared_error(tiny_model):
 def test_parts_of_a_batch_add_up_to_its_step(tiny_model):
     model, params = load_encoder(tiny_model, 2, key=jax.random.key(0))
     method = chain(gpart(64, targets="attention"), head("^classifier/"))
-    task = data.Task([], [], [], ("0", "1"), ("accuracy",), 16)
-    batch = data.collate([{"input_ids": np.array([2, 5 + n, 3]), "label": n % 2} for n in range(12)], 0, 16)
+    task = text.text_task([], [], [], labels=("0", "1"), metrics=("accuracy",), pad=0, max_length=16)
+    batch = text.collate([{"input_ids": np.array([2, 5 + n, 3]), "label": n % 2} for n in range(12)], 0, 16)
     loss, optimizer = make_loss(model, task), optax.sgd(1.0)
     results = []
     for accumulate in (1, 4):

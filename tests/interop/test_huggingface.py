@@ -16,9 +16,9 @@ from gpart_jax import adapter as artifact
 from gpart_jax import sharding
 from gpart_jax.adapter import Adapter
 from gpart_jax.interop import huggingface, peft
-from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
+from gpart_jax.serving import Plan
 from gpart_jax.targets import named_leaves, replace_leaves
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -122,12 +122,29 @@ def test_two_processes_write_one_copy_of_the_same(one, tmp_path):
 
 
 def test_a_vit_comes_back(tmp_path):
-    model = ViTClassifier(ViTConfig(16, 1, 2, 32, image_size=8, patch_size=4), 3)
+    scale = (0.5, 0.5, 0.5)
+    model = ViTClassifier(ViTConfig(16, 1, 2, 32, image_size=8, patch_size=4, image_mean=scale, image_std=scale), 3)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros(model.config.example.shape))["params"]
     huggingface.export(tmp_path, model, params, labels=("a", "b", "c"))
     read, back = huggingface.load_base(tmp_path)
     assert read == model
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_a_merged_decoder_comes_back_in_its_dtype(tmp_path):
+    source = ROOT / "tests" / "data" / "decoder" / "qwen2"
+    model, params = huggingface.load_base(source)
+    spec = {"name": "gpart", "d": 300, "seed": 1, "scheme": "splitmix64"}
+    spec["targets"] = peft.layout(model, params, ["q_proj", "v_proj", "down_proj"], bias=True)
+    adapter = Adapter.of(spec, {"theta": np.ones(300, np.float32)}, params)
+    peft.write(tmp_path / "peft", adapter, model, params)
+    np.testing.assert_array_equal(peft.read(tmp_path / "peft", model, params).theta, adapter.theta)
+    for dtype in ("float32", "bfloat16"):
+        merged = adapter.merge(params, dtype).params
+        huggingface.export(tmp_path / dtype, model, merged)
+        read, back = huggingface.load_base(tmp_path / dtype)
+        assert read.config == model.config and read.param_dtype == dtype
+        jax.tree.map(np.testing.assert_array_equal, back, merged)
 
 
 def test_a_tokenizer_goes_with_it_and_what_cannot_be_written_is_named(tmp_path):
@@ -137,9 +154,8 @@ def test_a_tokenizer_goes_with_it_and_what_cannot_be_written_is_named(tmp_path):
     params = jax.jit(model.init)(jax.random.key(0), token, token)["params"]
     huggingface.export(tmp_path, model, params, tokenizer=source)
     assert {"tokenizer.json", "vocab.txt", "config.json"} <= {path.name for path in tmp_path.iterdir()}
-    decoder = Decoder(DecoderConfig(8, 8, 1, 1, 1, 8, 8, 8, 1e-6, 1e4, "llama", True))
-    with pytest.raises(ValueError, match="A Decoder can't be written"):
-        huggingface.export(tmp_path, decoder, {})
+    with pytest.raises(ValueError, match="A Plan can't be written"):
+        huggingface.export(tmp_path, Plan(0, 0, 0), {})
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ValueError, match="is a 'mamba'; what can be read here is bert"):
         huggingface.load_base(tmp_path)

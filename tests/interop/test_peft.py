@@ -11,7 +11,6 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from experiments.data import collate
 from gpart_jax import adapter as artifact
 from gpart_jax.adapter import Adapter
 from gpart_jax.interop import huggingface, peft
@@ -111,10 +110,10 @@ def test_what_their_release_saved(minilm, tmp_path):
     np.testing.assert_allclose(last[-1, -8:], reference["delta_layer5_value_weight_last_row_last8"], atol=2e-8)
 
     tokenizer = tokenizers.Tokenizer.from_file(str(storage.locate(MINILM) / "tokenizer.json"))
-    tokenizer.no_padding()
-    encoded = [{"input_ids": one.ids, "label": 0} for one in tokenizer.encode_batch(reference["texts"])]
-    batch = collate(encoded, model.config.pad_token_id, 128)
-    logits = model.apply({"params": merged}, batch["input_ids"], batch["attention_mask"])
+    tokenizer.enable_padding()
+    encoded = tokenizer.encode_batch(reference["texts"])
+    ids, mask = (np.array([getattr(one, name) for one in encoded]) for name in ("ids", "attention_mask"))
+    logits = model.apply({"params": merged}, ids, mask)
     np.testing.assert_allclose(logits, reference["logits"], atol=1e-5)
 
     peft.write(tmp_path, adapter, model, params)

@@ -12,7 +12,7 @@ import pytest
 from absl import app
 from jax.sharding import PartitionSpec as P
 
-from configs import glue, math
+from configs import glue, math, vision
 from gpart_jax import sharding
 from gpart_jax.models import decoder, published
 from gpart_jax.models.decoder import Decoder, DecoderConfig
@@ -87,6 +87,13 @@ def test_a_full_size_step_is_described_without_a_weight():
         leaf.size == 1 for leaf in jax.tree.leaves(state)
     )
     assert dryrun.device_bytes(batch) == 3 * 8 * 2048 * 4
+
+
+def test_a_step_on_images_is_described_too():
+    step = dryrun.describe(vision.get_config("cars,base"), sharding.make_mesh({"data": 8}))
+    trainable, _, _, batch, *_ = step.arguments
+    assert trainable["theta"].shape == (72_000,) and batch["pixel_values"].shape == (256, 224, 224, 3)
+    assert step.params == 85_798_656 + 2 * 768 + 2  # the published model's without its pooler, and a head
 
 
 def test_the_command_prints_what_a_step_costs(tiny_model):

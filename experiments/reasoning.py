@@ -1,0 +1,136 @@
+"""Accuracy on GSM8K, MATH or made-up problems: every problem is answered in full, and each answer is kept.
+
+`python -m experiments.evaluate --benchmark=gsm8k` is its command.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+from scipy.stats import binomtest
+
+from experiments.answers import RULES
+from experiments.checkpoint import write_json
+from experiments.tasks import math
+from gpart_jax.models.decoder import Decoder
+from gpart_jax.models.generate import generate
+from gpart_jax.models.vocabulary import Vocabulary
+
+BENCHMARKS = {"gsm8k": "gsm8k", "math": "math", "problems": "gsm8k"}  # and whose rule of answers it has
+
+
+def load_benchmark(name: str, data_dir: str | None, limit: int | None, seed: int) -> list[dict]:
+    """The problems, each with its answer.
+
+    Args:
+      name: of BENCHMARKS. The made-up problems are those that a run of this seed didn't train on.
+      data_dir: of GSM8K where TFDS keeps its data sets; of MATH its file or folder.
+      limit: only the first so many; None means all, of made-up problems 500.
+
+    Raises:
+      FileNotFoundError, ValueError: as `tasks.math`'s readers.
+    """
+    if name == "problems":
+        return math.make_problems(limit or 500, seed)
+    if name == "math" and data_dir is None:
+        raise ValueError("MATH is read from its file or folder of JSON: set --data_dir to it.")
+    examples = math.read_gsm8k("test", data_dir) if name == "gsm8k" else math.read_math(data_dir)
+    return examples[:limit]
+
+
+def answer_all(
+    model: Decoder,
+    params,
+    mesh: jax.sharding.Mesh,
+    vocabulary: Vocabulary,
+    benchmark: str,
+    examples: list[dict],
+    folder: pathlib.Path,
+    *,
+    settings: dict,
+    batch_size: int,
+    max_new_tokens: int,
+    say: Callable[[str], None] = print,
+) -> list[dict]:
+    """Answers greedily, and keeps each answer in `folder`/predictions.jsonl as soon as its batch is done.
+
+    Started again, it goes on with the problems that have no answer there.
+
+    Args:
+      params: adapted already, on the mesh.
+      settings: what the answers depend on beside what is given here; written into the folder.
+      batch_size: problems answered at a time.
+      max_new_tokens: of each answer.
+
+    Returns:
+      A row for each problem: idx, prompt, completion, ended, answer, right, correct.
+
+    Raises:
+      ValueError: the folder holds answers that other settings gave, or a prompt is longer than the context.
+    """
+    math.encode_prompts(vocabulary, examples)
+    asked = hashlib.sha256("".join(example["prompt"] for example in examples).encode()).hexdigest()[:16]
+    settings = settings | {"benchmark": benchmark, "max_new_tokens": max_new_tokens, "prompts": asked}
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "settings.json").is_file():
+        known = json.loads((folder / "settings.json").read_text())
+        if different := sorted(
+            name for name in known.keys() | settings.keys() if known.get(name) != settings.get(name)
+        ):
+            raise ValueError(
+                f"{folder} holds answers of a run that differs in {', '.join(different)}. Move it away, or ask for the same."
+            )
+    else:
+        write_json(folder / "settings.json", settings)
+    rows, rule = _read(folder / "predictions.jsonl"), RULES[BENCHMARKS[benchmark]]
+    done = {row["idx"] for row in rows}
+    left = [example for example in examples if example["idx"] not in done]
+    left.sort(key=lambda example: len(example["input_ids"]))  # little padding
+    if rows:
+        say(f"{len(rows)} of {len(examples)} answers are there already")
+    decode = vocabulary.tokenizer.decode
+    with (folder / "predictions.jsonl").open("a") as file:
+        for start in range(0, len(left), batch_size):
+            batch = left[start : start + batch_size]
+            written = generate(
+                model, params, [example["input_ids"].tolist() for example in batch], eos=[vocabulary.eos],
+                max_new_tokens=max_new_tokens, mesh=mesh, stop=math.STOP, decode=decode,
+            )  # fmt: skip
+            for example, continuation in zip(batch, written):
+                text = math.completion(decode(continuation.ids))
+                answer = rule.answer(text)
+                rows.append(
+                    {
+                        "idx": example["idx"],
+                        "prompt": example["prompt"],
+                        "completion": text,
+                        "ended": continuation.ended,
+                        "answer": answer,
+                        "right": example["answer"],
+                        "correct": answer is not None and rule.equal(answer, example["answer"]),
+                    }
+                )
+                file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+            say(f"[{len(rows)}/{len(examples)}] {sum(row['correct'] for row in rows)} correct so far")
+    return rows
+
+
+def _read(path: pathlib.Path) -> list[dict]:
+    """The whole lines of a file; a last one that was cut as it was written is dropped, from the file too."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def accuracy(rows: list[dict]) -> tuple[float, float, float]:
+    """The share that is correct, and the ends of its 95 % interval (Wilson, JASA 1927)."""
+    found = binomtest(sum(row["correct"] for row in rows), len(rows))
+    interval = found.proportion_ci(method="wilson")
+    return found.statistic, interval.low, interval.high

@@ -1,0 +1,174 @@
+"""Pretrained decoders: Hugging Face directories and GGUF files onto a mesh, and back into a directory.
+
+A weight of all layers is one leaf here and a tensor for each layer there. Each leaf is read, converted and placed by
+itself, so that beside the model there is never more than one in memory.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+
+from gpart_jax import sharding
+from gpart_jax.models.decoder import Decoder, DecoderConfig
+from gpart_jax.models.storage import WEIGHTS, locate, open_tensors, read_config, replace
+
+MODULES = {  # our module -> the checkpoint's, where "#" is the number of the layer
+    "embed": "model.embed_tokens",
+    "layers/attention_norm": "model.layers.#.input_layernorm",
+    "layers/attention/query": "model.layers.#.self_attn.q_proj",
+    "layers/attention/key": "model.layers.#.self_attn.k_proj",
+    "layers/attention/value": "model.layers.#.self_attn.v_proj",
+    "layers/attention/out": "model.layers.#.self_attn.o_proj",
+    "layers/mlp_norm": "model.layers.#.post_attention_layernorm",
+    "layers/mlp/gate": "model.layers.#.mlp.gate_proj",
+    "layers/mlp/up": "model.layers.#.mlp.up_proj",
+    "layers/mlp/down": "model.layers.#.mlp.down_proj",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+}
+
+
+def load_decoder(source: str | os.PathLike, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, remat: str = "full"):
+    """A pretrained Llama, Mistral, Qwen2 or Gemma.
+
+    Args:
+      source: as in `locate`. Of GGUF files, Llamas alone.
+      mesh: where the weights go, by the rules `sharding.DECODER`. None: the first device.
+      dtype: of the weights, whatever they were stored as, and of the computation.
+      remat: of `decoder.REMAT`.
+
+    Returns:
+      (model, params): a `Decoder` and its nested dict of arrays on the mesh.
+
+    Raises:
+      FileNotFoundError: nothing is there, or a file is missing.
+      ValueError: a model of another architecture, a damaged file, or a tensor that is missing or has the wrong shape.
+    """
+    mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    where = locate(source)
+    with contextlib.ExitStack() as stack:
+        config = read_decoder_config(where)
+        if where.suffix == ".gguf":
+            from gpart_jax.models import gguf_file  # here, because a directory needs no gguf
+
+            stored = gguf_file.open_tensors(where, gguf_file.open_file(where))
+        else:
+            stored = open_tensors(where, stack)
+        model = Decoder(config, dtype, dtype, remat)
+        token = jnp.zeros((1, 1), jnp.int32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), token, token)["params"]
+        rules = sharding.DECODER_TIED if config.tied else sharding.DECODER
+        shardings = traverse_util.flatten_dict(sharding.param_shardings(shapes, mesh, rules), sep="/")
+        leaves = traverse_util.flatten_dict(shapes, sep="/")
+        tensors = {path: [_find(stored, name, where) for name in names(path, config)] for path in leaves}
+        params = {path: _place(leaf, shardings[path], path, tensors[path]) for path, leaf in leaves.items()}
+    return model, traverse_util.unflatten_dict(params, sep="/")
+
+
+def read_decoder_config(where: pathlib.Path) -> DecoderConfig:
+    """The shape of the decoder in a directory or GGUF file; none of its weights is read."""
+    if where.suffix == ".gguf":
+        from gpart_jax.models import gguf_file
+
+        return DecoderConfig.from_hf(gguf_file.read_config(gguf_file.open_file(where)))
+    return DecoderConfig.from_hf(read_config(where))
+
+
+def names(path: str, config: DecoderConfig) -> list[str]:
+    """The tensors of a checkpoint that are our leaf `path`: one, or one for each layer."""
+    module, leaf = path.rsplit("/", 1)
+    name = f"{MODULES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    return [name.replace("#", str(n)) for n in range(config.num_layers)] if "#" in name else [name]
+
+
+def _find(stored: dict, name: str, where: pathlib.Path):
+    found = stored.get(name, stored.get(name.removeprefix("model.")))  # without it where the model was saved headless
+    if found is None:
+        raise ValueError(
+            f"{where} holds no tensor {name!r}, which the model of its config needs. Download or save the model again."
+        )
+    return found
+
+
+def _place(leaf: jax.ShapeDtypeStruct, placement: NamedSharding, path: str, tensors: list) -> jax.Array:
+    """One leaf on the mesh. This process reads the parts of it that its devices hold, each once, layer by layer."""
+    stacked, turn = _is_stacked(path), _turn(path)
+    made = {}
+
+    def part(index):
+        key = str(index)  # devices that hold the same part share it
+        if key not in made:
+            layers, inner = (index[0], index[1:]) if stacked else (slice(None), index)
+            made[key] = np.empty(placement.shard_shape(leaf.shape), leaf.dtype)
+            for layer, tensor in zip(made[key] if stacked else made[key][None], tensors[layers]):
+                layer[...] = tensor.read(leaf.shape[stacked:][turn], inner[turn]).transpose(range(layer.ndim)[turn])
+        return made[key]
+
+    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, placement, part))
+
+
+def _is_stacked(path: str) -> bool:
+    return path.startswith("layers/")
+
+
+def _turn(path: str) -> slice:
+    """Of a shape: PyTorch's weights are (out, in), our kernels (in, out)."""
+    return slice(None, None, -1 if path.endswith("/kernel") else 1)
+
+
+def save(directory: str | os.PathLike, model: Decoder, params, shard_bytes: int = 4 * 2**30) -> None:
+    """Writes a model as a Hugging Face directory that `transformers` loads too, with no more than a file in memory.
+
+    Args:
+      directory: made if need be. Weights that are there are removed first, so that a save that was cut short leaves none
+        that load.
+      model: whose config is written.
+      params: its nested dict, on a mesh of this process.
+      shard_bytes: the most that a file shall hold, if it holds more than one tensor.
+    """
+    directory, config = pathlib.Path(directory), model.config
+    directory.mkdir(parents=True, exist_ok=True)
+    index = directory / f"{WEIGHTS}.index.json"
+    for file in (directory / WEIGHTS, index, *directory.glob("model-*-of-*.safetensors")):
+        file.unlink(missing_ok=True)
+    described = config.to_hf() | {
+        "architectures": [ARCHITECTURES[config.family]],
+        "torch_dtype": str(np.dtype(model.param_dtype)),
+    }
+    replace(directory / "config.json", lambda beside: beside.write_text(json.dumps(described, indent=2) + "\n"))
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    slices = [(name, path, n) for path in leaves for n, name in enumerate(names(path, config))]
+    shards, size = [[]], 0
+    for name, path, n in sorted(slices, key=lambda entry: (entry[2], entry[1])):  # a layer's tensors lie together
+        held = leaves[path].nbytes // (config.num_layers if _is_stacked(path) else 1)
+        if shards[-1] and size + held > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, path, n))
+        size += held
+    files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    for file, entries in zip(files if len(files) > 1 else [WEIGHTS], shards):
+        tensors = {}
+        for name, path, n in entries:
+            whole = np.asarray(leaves[path][n] if _is_stacked(path) else leaves[path])
+            tensors[name] = np.ascontiguousarray(whole.transpose(range(whole.ndim)[_turn(path)]))
+        replace(directory / file, lambda beside: safetensors.numpy.save_file(tensors, beside, {"format": "pt"}))
+    if len(files) > 1:
+        weight_map = {name: file for file, entries in zip(files, shards) for name, _, _ in entries}
+        total = sum(leaf.nbytes for leaf in leaves.values())
+        listed = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        replace(index, lambda beside: beside.write_text(json.dumps(listed, indent=2) + "\n"))

