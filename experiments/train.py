@@ -187,9 +187,7 @@ def finite_mean(
 def finish(config, workdir, experiment, best: dict, total_steps: int, score: Callable, logger: Logger, mesh, **more):
     """Saves the best epoch's adapter, tests it as it lies on disk, and writes predictions.jsonl and results.json."""
     task, adapter = experiment.task, workdir / "adapter.safetensors"
-    if is_writer():
-        save_adapter(adapter, config.method.to_dict(), best["trainable"], experiment.params, config.head_targets)
-    barrier("save_adapter")
+    save_adapter(adapter, config.method.to_dict(), best["trainable"], experiment.params, config.head_targets)
     _, loaded = load_adapter(adapter, experiment.params)
     scores, logits = score(task.test, loaded)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())

@@ -24,6 +24,7 @@ signed_magnitude. The paper's deterministic alternative: groups of weights of on
 Scopes. "global" numbers all N elements together. "block" gives each of the B numbered blocks (all leaves whose paths are
 the same up to the first number, `layer_3/...`; or each layer of the stacked leaves) a slice of theta of d // B numbers, the
 first d % B blocks one more; block b in canonical order is a partition of its own with the seed s(seed, 9 + b).
+"transformer_block" is the same with the seed (seed + b) mod 2^64, as the authors' release has it.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ from gpart_jax.targets import Layout, Leaf, named_leaves
 
 SCHEMES = ("balanced-v1", "splitmix64")  # stateless
 SIGNED_MAGNITUDE = "signed_magnitude"
-SCOPES = ("global", "block")
+SCOPES = ("global", "block", "transformer_block")
 TABLES = 8  # K, the number of permutations of balanced-v1
 _LONGEST_AXIS = 4096
 
@@ -121,7 +122,7 @@ def make_partition(
       seed: an int in [0, 2^64), or a concrete `jax.random` key of two words, read as one 64-bit number (so the key of
         `jax.random.key(42)` is the seed 42).
       scheme: "balanced-v1", "splitmix64" or "signed_magnitude".
-      scope: "global" or "block".
+      scope: "global", "block" or "transformer_block".
       isometric: scale column g by 1 / sqrt(n_g), so that P^T P = I (arXiv 2605.14841); False leaves ones (ablation).
       params: the frozen weights, which signed_magnitude alone reads.
 
@@ -157,8 +158,9 @@ def regions_of(layout: Layout, d: int, seed, *, scheme: str, scope: str) -> tupl
         raise ValueError(f"d = {d} must be between 1 and N = {layout.size}, the number of adapted weights.")
     if d >= 2**28:
         raise ValueError(f"d = {d} must be below 2^28, so that 8 tables of d entries have 32-bit positions.")
-    make = _block_regions if scope == "block" else _global_region
-    return make(layout, d, seed_to_int(seed), scheme)
+    if scope == "global":
+        return _global_region(layout, d, seed_to_int(seed), scheme)
+    return _block_regions(layout, d, seed_to_int(seed), scheme, scope)
 
 
 @functools.lru_cache(maxsize=16)
@@ -379,7 +381,7 @@ def _global_region(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Regi
     return (Region(scheme, seed, 0, d, tuple(View(leaf, None) for leaf in layout.leaves)),)
 
 
-def _block_regions(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Region, ...]:
+def _block_regions(layout: Layout, d: int, seed: int, scheme: str, scope: str) -> tuple[Region, ...]:
     blocks: dict[tuple[str, int], list[View]] = {}  # in canonical order
     for leaf in layout.leaves:
         if leaf.stacked:
@@ -389,7 +391,7 @@ def _block_regions(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Regi
         match = re.search(r"([0-9]+)(/|$)", leaf.path)
         if not match:
             raise ValueError(
-                f"scope='block' needs leaves of numbered blocks (layer_3/..., layers/3/..., or stacked leaves), "
+                f"scope={scope!r} needs leaves of numbered blocks (layer_3/..., layers/3/..., or stacked leaves), "
                 f"but {leaf.path!r} has no number. Narrow the targets, or use scope='global'."
             )
         blocks.setdefault((leaf.path[: match.start()], int(match.group(1))), []).append(View(leaf, None))
@@ -402,8 +404,11 @@ def _block_regions(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Regi
             offset += view.leaf.size
         if not 1 <= share <= offset:
             raise ValueError(
-                f"scope='block' gives block {b} of {len(blocks)} {share} of d = {d} for its {offset} weights."
+                f"scope={scope!r} gives block {b} of {len(blocks)} {share} of d = {d} for its {offset} weights."
             )
-        regions.append(Region(scheme, int(uint64.stream_host(seed, TABLES + 1 + b)), start, share, tuple(renumbered)))
+        own = (
+            (seed + b) & uint64.MASK if scope == "transformer_block" else int(uint64.stream_host(seed, TABLES + 1 + b))
+        )
+        regions.append(Region(scheme, own, start, share, tuple(renumbered)))
         start += share
     return tuple(regions)

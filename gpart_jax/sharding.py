@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -116,6 +117,37 @@ def place(tree, shardings):
 def replicate(tree, mesh: Mesh):
     """`place` with the whole on every device."""
     return place(tree, NamedSharding(mesh, P()))
+
+
+def fetch(tree):
+    """The whole of every leaf on the host, the inverse of `place`. Under several processes all call it, and all get it."""
+
+    def get(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(get, tree)
+
+
+def on_first_process(write: Callable[[], None]) -> None:
+    """Calls `write` in the first process alone, and returns in all when it is done. All processes call it.
+
+    Raises:
+      RuntimeError: in the others, where it failed; the first raises what it raised.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            write()
+        except Exception as raised:  # the others wait, and are told
+            error = raised
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+        if failed and jax.process_index() != 0:
+            raise RuntimeError("The first process could not write. Its log says why.")
+    if error is not None:
+        raise error
 
 
 def data_part(mesh: Mesh) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def gpart_transform(
       targets: which leaves to adapt: regular expression(s) searched for in the leaf's path, a predicate `(path, leaf)`,
         a `Layout`, or None for every floating-point leaf. See `canonical_layout`.
       scheme: "balanced-v1", "splitmix64" or "signed_magnitude"; see `partition.py`.
-      scope: "global", or "block" for a slice of theta for each numbered block.
+      scope: "global", or "block" for a slice of theta for each numbered block ("transformer_block": with the authors' seeds).
       isometric: scale the columns of P so that P^T P = I.
       dropout: probability with which each entry of P theta is zeroed (the others are divided by 1 - dropout). Needs `key`;
         without a key nothing is dropped.

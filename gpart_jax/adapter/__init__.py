@@ -1,0 +1,391 @@
+"""The artifact of fine-tuning: what was trained, how to apply it, and what it belongs to.
+
+adapter = Adapter.of(spec, trainable, params, head_targets)      # of a method as plain data, and what it trained
+adapter.save("adapter.safetensors")
+adapter = load("adapter.safetensors")
+params = adapter.apply(params)                                   # or an error that says what differs
+merged = adapter.merge(params, jnp.bfloat16)                     # merged.params; what the rounding cost
+
+`python -m gpart_jax.adapter` does this from the command line; docs/adapters.md describes the file.
+"""
+
+import dataclasses
+import inspect
+import logging
+import math
+import operator
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpart_jax import sharding
+from gpart_jax.adapter import file
+from gpart_jax.adapter.fingerprint import base_fingerprint
+from gpart_jax.methods import METHODS, Method, from_spec
+from gpart_jax.partition import SIGNED_MAGNITUDE
+from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves, select
+
+logger = logging.getLogger(__name__)
+
+_BELONGS = {  # what must agree before an adapter may be applied, and how to say that it doesn't
+    "n": "number of adapted weights N",
+    "layout": "canonical layout (which weights are adapted, their shapes and order)",
+    "base": "base model's weights",
+}
+_LINEAR = ("gpart", "fastfood", "bitfit", "head", "full")  # what is trained enters the weights linearly
+_FREE = ("dropout", "init_bound")  # options of a method that don't matter once it is trained
+
+
+class Merged(NamedTuple):
+    """A merged model, and what it takes to know it.
+
+    params: the adapted model.
+    kept: the frozen leaves that were replaced, by path, for `unmerge`.
+    rounding: |W - (W0 + P theta)| over the adapted weights: what rounding to the leaves' dtype cost, 0 for float32.
+    update: |P theta| in the same norm, the root of the sum of squares.
+    """
+
+    params: Any
+    kept: dict
+    rounding: float
+    update: float
+
+
+class Unmerged(NamedTuple):
+    """The model without the adapter. error: by path, the most by which an entry may differ from the frozen one.
+
+    It is 0 throughout where the frozen leaves were kept, and infinite for a leaf that the adapter replaced, such as the
+    head's, if they weren't: that one is left as it is.
+    """
+
+    params: Any
+    error: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """d numbers, and all that gives them a meaning.
+
+    method: as `methods.from_spec` takes it, with every option written out: name, d, seed, scheme and its version
+      ("balanced-v1"), scope, targets, ...
+    tensors: what was trained, NumPy arrays by name: "theta", "head/classifier/kernel", ...
+    head_targets: pattern(s) of the leaves trained beside it, if any.
+    n: N, the number of adapted weights.
+    layout, base: fingerprints of the canonical layout and of the base model's weights (`fingerprint.py`).
+    metadata: anything of yours that JSON can hold.
+    """
+
+    method: dict
+    tensors: dict[str, np.ndarray]
+    head_targets: Targets
+    n: int
+    layout: str
+    base: str
+    metadata: dict
+
+    @classmethod
+    def of(cls, spec: dict, trainable, params, head_targets: Targets = None, metadata: dict | None = None) -> "Adapter":
+        """What was trained on `params`. Under several processes all call it.
+
+        Args:
+          spec: the method as plain data, {"name": "gpart", "d": 4096, "seed": 42, ...}; targets may be a `Layout` too.
+          trainable: the trained pytree of that method.
+          params: the frozen model it was trained on.
+        """
+        options = inspect.signature(METHODS[spec["name"]]).parameters.values()
+        defaults = {option.name: option.default for option in options if option.default is not option.empty}
+        spec = defaults | dict(spec)  # written out, so that a later change of a default changes no adapter
+        tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(sharding.fetch(trainable))}
+        return cls(spec, tensors, head_targets, **_identity(spec, head_targets, params), metadata=metadata or {})
+
+    @property
+    def theta(self) -> np.ndarray:
+        """The trained vector, float32 (d,).
+
+        Raises:
+          ValueError: the method has none.
+        """
+        if "theta" not in self.tensors:
+            raise ValueError(f"An adapter of {self.method['name']!r} has no theta; it has {', '.join(self.tensors)}.")
+        return self.tensors["theta"]
+
+    @property
+    def head(self) -> dict[str, np.ndarray]:
+        """The leaves of the head that were trained beside theta, by path."""
+        return {name.removeprefix("head/"): x for name, x in self.tensors.items() if name.startswith("head/")}
+
+    def save(self, path) -> None:
+        """Writes the file, whole or not at all. Under several processes all call it, and the first writes.
+
+        Raises:
+          ValueError: a method or metadata that aren't plain data (a predicate as targets).
+        """
+        fields = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "tensors"
+        }
+        if isinstance(targets := self.method.get("targets"), Layout):
+            fields["method"] = self.method | {"targets": _to_plain(targets)}
+        sharding.on_first_process(lambda: file.write(path, fields, self.tensors))
+
+    def on(self, params, merged: bool = False) -> tuple[Method, dict]:
+        """(method, trainable): `method.apply(params, trainable)` is the adapted model. Under several processes all call it.
+
+        Args:
+          params: the frozen model; with `merged`, the adapted one, whose weights are then not looked at.
+
+        Raises:
+          ValueError: it was made for another model or layout, or is none that its method makes; says what differs.
+        """
+        stored = {name: array.shape for name, array in self.tensors.items()}
+        if "d" in self.method and stored.get("theta") != (self.method["d"],):
+            # First of all, since what a wrong d asks for may not fit into memory.
+            d = str(self.method["d"])[:40]
+            raise ValueError(f"The adapter is damaged: d is {d}, but the shape of theta is {stored.get('theta')}.")
+        try:
+            method = from_spec(self.method, self.head_targets)
+            shapes = jax.eval_shape(method.init, params, jax.random.key(0))
+            found = _identity(self.method, self.head_targets, params)
+        except (TypeError, KeyError, IndexError, OverflowError, re.error) as error:
+            raise ValueError(f"The adapter's method {str(self.method)[:200]} can't be made: {error}.") from None
+        for field, meaning in _BELONGS.items():
+            if getattr(self, field) != found[field] and not (merged and field == "base"):
+                raise ValueError(
+                    f"The adapter was trained on another model: the {meaning} is {getattr(self, field)} there and "
+                    f"{found[field]} here. Load the base model that it was trained on."
+                )
+        wanted = {name: leaf.shape for name, leaf in named_leaves(shapes)}
+        if wanted != stored:
+            raise ValueError(f"The adapter is damaged: its tensors should be {wanted}, but are {stored}.")
+        return method, replace_leaves(shapes, {name: jnp.asarray(array) for name, array in self.tensors.items()})
+
+    def apply(self, params, key: jax.Array | None = None):
+        """The adapted model, as `gpart_transform` gives it; a key turns on dropout. Raises as `on` does."""
+        method, trainable = self.on(params)
+        return method.apply(params, trainable, key)
+
+    def merge(self, params, dtype=None) -> Merged:
+        """The adapted model to keep, each leaf where the frozen one lies. Under several processes all call it.
+
+        Args:
+          params: the frozen model.
+          dtype: of all floating-point leaves; None leaves each as it is.
+
+        Raises:
+          ValueError: as `on`.
+        """
+        method, trainable = self.on(params)
+        replaced, adapt = _replaced(trainable), _adapting(method, params)
+        frozen = {path: jnp.asarray(leaf) for path, leaf in select(params).items()}
+
+        def compute(frozen, trainable, tables):
+            exact = adapt(jax.tree.map(_wide, frozen), trainable, tables)
+            new, off, moved = {}, jnp.zeros(()), jnp.zeros(())
+            for path, x in exact.items():
+                new[path] = x.astype(dtype or (x if path in replaced else frozen[path]).dtype)
+                if path not in replaced:
+                    off += jnp.sum((_wide(new[path]) - x) ** 2)
+                    moved += jnp.sum((x - _wide(frozen[path])) ** 2)
+            return new, jnp.sqrt(off), jnp.sqrt(moved)
+
+        new, rounding, update = _jit_in_place(compute, frozen, trainable, method.tables(params))
+        if dtype is not None:
+            new = {path: leaf.astype(dtype) for path, leaf in frozen.items() if leaf.dtype != dtype} | new
+        kept = {path: leaf for path, leaf in named_leaves(params) if path in new}
+        return Merged(replace_leaves(params, new), kept, float(rounding), float(update))
+
+    def unmerge(self, params, kept: dict | None = None) -> Unmerged:
+        """The frozen model from the merged one: bit for bit with the `kept` leaves of `merge`, else as near as it can be.
+
+        Without them P theta is subtracted; what rounding took from the weights stays lost. Says so, and by how much.
+
+        Raises:
+          ValueError: the adapter is another layout's; or, without `kept`, of scheme signed_magnitude, which needs the
+            frozen weights to know its groups.
+        """
+        if kept is not None:
+            return Unmerged(replace_leaves(params, kept), dict.fromkeys(kept, 0.0))
+        if self.method.get("scheme") == SIGNED_MAGNITUDE:
+            raise ValueError(
+                "signed_magnitude reads its groups off the frozen weights. Pass what `merge` kept of them."
+            )
+        method, trainable = self.on(params, merged=True)
+        replaced, adapt = _replaced(trainable), _adapting(method, params)
+        merged = {path: jnp.asarray(leaf) for path, leaf in select(params).items()}
+
+        def compute(merged, trainable, tables):
+            deltas = adapt(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), merged), trainable, tables)
+            new, error = {}, {}
+            for path in sorted(deltas.keys() - replaced):
+                new[path] = (_wide(merged[path]) - deltas[path]).astype(merged[path].dtype)
+                # Each of the two sums was rounded once, each by at most half of this.
+                most = [jnp.max(jnp.abs(_wide(x))) for x in (merged[path], new[path], deltas[path])]
+                error[path] = jnp.finfo(merged[path].dtype).eps * (most[0] + most[1]) + 1e-6 * most[2]
+            return new, error
+
+        new, error = _jit_in_place(compute, merged, trainable, method.tables(params))
+        error = {path: float(most) for path, most in error.items()} | dict.fromkeys(replaced, math.inf)
+        logger.warning(
+            "Unmerged without the frozen weights: entries may be off by %.2g%s. Keep what `merge` returns to be exact.",
+            max((most for most in error.values() if most < math.inf), default=0.0),
+            f", and {len(replaced)} replaced leaves stay as they are" if replaced else "",
+        )
+        return Unmerged(replace_leaves(params, new), error)
+
+    def norm(self) -> float:
+        """|theta|, which is how far the weights moved, the head's apart: P^T P = I (arXiv 2605.14841).
+
+        Raises:
+          ValueError: the method isn't isometric.
+        """
+        if self.method["name"] != "gpart" or not self.method["isometric"]:
+            raise ValueError("Only an isometric GPart adapter's theta is as long as the way that the weights moved.")
+        return float(np.linalg.norm(self.theta.astype(np.float64)))
+
+
+def load(path) -> Adapter:
+    """Reads a file that `Adapter.save` wrote.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a damaged file, one of another format, or one that isn't an adapter of this library.
+    """
+    fields, tensors = file.read(path)
+    method = dict(fields["method"])
+    if isinstance(method.get("targets"), dict):
+        method["targets"] = _from_plain(method["targets"], path)
+    return Adapter(method, tensors, *(fields[name] for name in ("head_targets", "n", "layout", "base", "metadata")))
+
+
+def distance(a: Adapter, b: Adapter) -> float:
+    """|theta_a - theta_b|, which is the distance of the two adapted models, their heads apart.
+
+    Raises:
+      ValueError: they share no partition, or aren't isometric.
+    """
+    check_shared(a, b)
+    return dataclasses.replace(a, tensors={"theta": a.theta.astype(np.float64) - b.theta}).norm()
+
+
+def interpolate(a: Adapter, b: Adapter, t: float) -> Adapter:
+    """(1 - t) a + t b, heads included; a itself at 0 and b at 1. Raises as `average`."""
+    return average([a, b], [1 - t, t])
+
+
+def average(adapters: list[Adapter], weights: list[float] | None = None) -> Adapter:
+    """The weighted mean of adapters of one partition, heads included: a model whose weights are the mean of theirs.
+
+    Args:
+      weights: as many; equal by default. They are divided by their sum.
+
+    Raises:
+      ValueError: adapters that don't share a partition, a method that isn't linear in what it trains, as LoRA, or weights
+        that don't fit.
+    """
+    first, *others = adapters
+    for other in others:
+        check_shared(first, other)
+    if first.method["name"] not in _LINEAR:
+        raise ValueError(
+            f"The mean of {first.method['name']!r} adapters isn't the mean of their models. Merge them first."
+        )
+    weights = np.ones(len(adapters)) if weights is None else np.asarray(weights, np.float64)
+    if weights.shape != (len(adapters),) or not np.isfinite(weights).all() or not weights.sum():
+        raise ValueError(f"weights must be {len(adapters)} numbers whose sum isn't zero, not {weights}.")
+    weights = weights / weights.sum()
+    tensors = {
+        name: sum(w * one.tensors[name].astype(np.float64) for w, one in zip(weights, adapters)).astype(x.dtype)
+        for name, x in first.tensors.items()
+    }
+    return dataclasses.replace(first, tensors=tensors, metadata={})
+
+
+def check_shared(a: Adapter, b: Adapter) -> None:
+    """Raises a ValueError that says what differs, unless two adapters are of one method, partition, head and base model."""
+    mine, theirs = (
+        {name: value for name, value in one.method.items() if name not in _FREE}
+        | {"head": one.head_targets, "N": one.n, "layout": one.layout, "base model": one.base}
+        for one in (a, b)
+    )
+    differs = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+    if differs:
+        shown = ", ".join(f"{name} is {str(mine.get(name))[:60]} and {str(theirs.get(name))[:60]}" for name in differs)
+        raise ValueError(f"The adapters don't share a partition: {shown}.")
+
+
+def save_adapter(path, spec: dict, trainable, params, head_targets: Targets = None) -> None:
+    """`Adapter.of(...).save(path)`."""
+    Adapter.of(spec, trainable, params, head_targets).save(path)
+
+
+def load_adapter(path, params) -> tuple[Method, dict]:
+    """`load(path).on(params)`, with the path in what it raises."""
+    adapter = load(path)
+    try:
+        return adapter.on(params)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _identity(spec: dict, head_targets: Targets, params) -> dict:
+    trained = head_targets if spec["name"] == "head" and spec.get("targets") is None else spec.get("targets")
+    layout = canonical_layout(params, trained)
+    return {"n": layout.size, "layout": layout.fingerprint(), "base": base_fingerprint(params, head_targets)}
+
+
+def _adapting(method: Method, params):
+    """adapt(leaves, trainable, tables): those of the leaves, by path, that the method changes, changed."""
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in select(params).items()}
+    like = replace_leaves(params, shapes)
+
+    def adapt(leaves, trainable, tables):
+        adapted = method.bind(like, trainable, None, False, tables)(leaves)
+        return {path: leaf for path, leaf in adapted.items() if leaf is not leaves[path]}
+
+    return adapt
+
+
+def _jit_in_place(compute, leaves: dict, trainable, tables):
+    """`compute`, which returns new leaves by path and more, compiled so that each of them lies where the old one does."""
+    trainable = jax.tree.map(np.asarray, trainable)  # what every process has, and no mesh does
+    new, *more = jax.eval_shape(compute, leaves, trainable, tables)
+    placed = {path: leaves[path].sharding for path in new}
+    return jax.jit(compute, out_shardings=(placed, *[None] * len(more)))(leaves, trainable, tables)
+
+
+def _replaced(trainable: dict) -> set[str]:
+    """The paths of leaves that a method exchanges instead of adding to them."""
+    return {path for name in ("head", "params", "bias") for path in trainable.get(name, {})}
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _to_plain(layout: Layout) -> dict:
+    return {"layout": [[leaf.path, leaf.shape, leaf.offset, leaf.strides, leaf.stacked] for leaf in layout.leaves]}
+
+
+def _from_plain(plain: dict, path) -> Layout:
+    def numbers(values):
+        return tuple(operator.index(value) for value in values)
+
+    try:
+        leaves = tuple(
+            Leaf(str(name), numbers(shape), operator.index(offset), numbers(strides), bool(stacked))
+            for name, shape, offset, strides, stacked in plain["layout"]
+        )
+        total = sum(leaf.size for leaf in leaves)
+        sound = bool(leaves) and all(
+            len(leaf.shape) == len(leaf.strides)
+            and min((*leaf.shape, *leaf.strides, leaf.offset + 1)) > 0
+            and leaf.offset + sum((n - 1) * step for n, step in zip(leaf.shape, leaf.strides)) < total
+            for leaf in leaves
+        )
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path} is damaged: its layout doesn't number N elements from 0 to N - 1.")
+    return Layout(leaves)

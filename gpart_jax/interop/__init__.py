@@ -1,0 +1,1 @@
+"""Where adapters and adapted models come from and go to: the authors' PEFT checkpoints, Hugging Face directories."""
