@@ -35,8 +35,9 @@ from experiments.plots import draw_mistakes
 from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_train_step
 from gpart_jax import load_adapter, save_adapter, sharding
+from gpart_jax.adapter import load
+from gpart_jax.interop import huggingface
 from gpart_jax.methods import Method, from_spec, trained_numbers
-from gpart_jax.models import pretrained
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Sequence | None = None) -> dict:
@@ -192,6 +193,12 @@ def finish(config, workdir, experiment, best: dict, total_steps: int, score: Cal
     scores, logits = score(task.test, loaded)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     logger.say(f"test {shown} with the adapter of epoch {best['epoch']}: {adapter}")
+    if config.train.get("export"):
+        adapted = load(adapter).apply(experiment.params)
+        huggingface.export(
+            workdir / "model", experiment.model, adapted, labels=task.labels, tokenizer=config.model.source
+        )
+        logger.say(f"the adapted model, as a Hugging Face directory: {workdir / 'model'}")
     if not is_writer():
         barrier("results")
         return json.loads((workdir / "results.json").read_text())
@@ -200,13 +207,6 @@ def finish(config, workdir, experiment, best: dict, total_steps: int, score: Cal
     more |= {"test_by_class": evaluate.by_class(task, task.test, logits)} if task.labels else {}
     if task.augment:
         draw_mistakes(task, logits, workdir / "mistakes.png")
-    if config.train.get("export"):
-        adapted = (
-            experiment.model,
-            from_spec(config.method.to_dict(), config.head_targets).apply(experiment.params, loaded),
-        )
-        pretrained.save(workdir / "model", *adapted, task.labels)
-        logger.say(f"the adapted model, as a Hugging Face directory: {workdir / 'model'}")
     results = {
         "method": config.method.name,
         "task": config.task.name,
