@@ -178,7 +178,7 @@ def wait_until(condition, process=None):
     while not condition():
         assert not process or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def finish(process):

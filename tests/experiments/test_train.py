@@ -57,7 +57,7 @@ def signal_at(step, number, *args):
         if time.monotonic() > deadline:
             process.kill()
             raise TimeoutError(f"step {step} never came")  # a guard against hanging, not a bound on speed
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -118,6 +119,7 @@ def test_a_process_is_killed_and_the_run_ends_with_the_same_theta(undisturbed, t
         if last_step(tmp_path / "metrics.jsonl") >= 70:
             os.kill(pids[1], signal.SIGKILL)
             killed = True
+        time.sleep(0.01)
     assert process.wait() == 0, "".join(lines)
     watch.cancel()
     reader.join()
@@ -133,7 +135,7 @@ def test_sigterm_has_all_processes_save_and_leave(undisturbed, tiny_model, tmp_p
     watch = threading.Timer(300, process.kill)
     watch.start()
     while last_step(tmp_path / "metrics.jsonl") < 50 and process.poll() is None:
-        pass
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
     watch.cancel()
