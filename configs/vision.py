@@ -110,7 +110,9 @@ def _make_small(config: ml_collections.ConfigDict, dataset: str, method: str) ->
     config.task.classes = (0, 1, 2, 3, 4) if method == "pretrain" else (5, 6, 7, 8, 9)
     config.train.epochs = pretraining if method == "pretrain" else adapting
     config.optimizer.warmup = 0.1
-    config.optimizer.lr = 1e-2 if method == "gpart" else LR[method]
+    config.optimizer.lr = LR[method]
+    if method == "gpart":
+        config.optimizer.lr = 3e-2 if dataset == "digits" else 1e-2
     if method == "pretrain":
         config.model.source = ml_collections.config_dict.placeholder(str)  # none: a fresh model, of this shape
         config.model.shape = ml_collections.ConfigDict(
