@@ -46,7 +46,7 @@ def pictures(model: str, rows: list, out: pathlib.Path) -> None:
         if all(len(run.results.get("test_by_class", ())) > 2 for run in runs):
             draw_by_class(rows, column, out / f"by-class-{column[0].replace('/', '-')}-{model}.png")
     cells = [(row, group) for row in rows if row.method == "gpart" for group in row.cells.values()]
-    groups = [cell for cell in cells if (cell[1][0].workdir / "adapter.safetensors").is_file()]
+    groups = [cell for cell in cells if "problems" not in cell[1][0].results]  # answers lie in a folder of the run's
     if groups:
         row, group = max(groups, key=lambda pair: (len(pair[1]), pair[0].size))
         draw_theta(_median_run(group), row.label, out / f"theta-{model}.png")
