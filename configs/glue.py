@@ -112,6 +112,8 @@ def get_config(arguments: str = "sst2") -> ml_collections.ConfigDict:
     config.train.eval_batch_size = 64
     config.train.log_every = 50  # steps
     config.train.checkpoint_every = 500  # steps
+    config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
+    config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = lr  # peak, of all but the head

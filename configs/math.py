@@ -72,6 +72,8 @@ def get_config(arguments: str = "qwen25_05b") -> ml_collections.ConfigDict:
     config.train.eval_batch_size = 16
     config.train.log_every = 50  # steps
     config.train.checkpoint_every = 500  # steps
+    config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
+    config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = 2e-4 if not small else 5e-3  # peak; small: ours, for some hundreds of steps

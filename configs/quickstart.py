@@ -62,6 +62,8 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
     config.train.eval_batch_size = 128
     config.train.log_every = 20  # steps
     config.train.checkpoint_every = 100  # steps
+    config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
+    config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = LR[method]  # peak, of all but the head

@@ -88,6 +88,8 @@ def get_config(arguments: str = "digits") -> ml_collections.ConfigDict:
     config.train.eval_batch_size = 256
     config.train.log_every = 20  # steps
     config.train.checkpoint_every = 200  # steps
+    config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
+    config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = LR[method]  # peak, of all but the head
