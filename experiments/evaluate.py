@@ -208,7 +208,12 @@ def _score(config, experiment: Experiment, params, split: str) -> None:
 def _answer(config, experiment: Experiment, params, mesh, workdir: pathlib.Path, benchmark: str) -> None:
     base, vocab_size = flags.FLAGS.base, experiment.model.config.vocab_size
     vocabulary = load_vocabulary(config.model.source, vocab_size)
-    examples = reasoning.load_benchmark(benchmark, flags.FLAGS.data_dir, flags.FLAGS.limit, config.seed)
+    limit = flags.FLAGS.limit
+    if benchmark == config.task.name == "problems":  # the first ones are those that it didn't train on
+        limit = limit or config.task.test_examples
+        if limit > config.task.test_examples:
+            raise app.UsageError(f"This run trained on all but {config.task.test_examples} problems: ask for no more.")
+    examples = reasoning.load_benchmark(benchmark, flags.FLAGS.data_dir, limit, config.seed)
     digest = hashlib.sha256((workdir / "adapter.safetensors").read_bytes()).hexdigest()[:16]
     folder = workdir / (f"{benchmark}-base" if base else benchmark)
     rows = reasoning.answer_all(
