@@ -5,10 +5,10 @@ labels are public, is the test set. An example is {"text": sentence or (first, s
 """
 
 import tensorflow_datasets as tfds
-import tensorflow_datasets.text.glue  # registers GLUE, so that what isn't on disk yet has its features and version
 import tokenizers
 
 from experiments.data import Task, hold_out
+from experiments.tasks.prepared import Prepared, open_prepared
 from experiments.text import encode, text_task
 
 FIELDS = {  # the texts of an example, in the order in which the model reads them
@@ -57,10 +57,10 @@ def load_glue(
       FileNotFoundError: the data isn't there; the message has the command that gets it.
       ValueError: data that cannot be read, an empty text, a label out of range.
     """
-    builder = tfds.builder(f"glue/{name}", data_dir=data_dir, file_format="array_record")
-    label = builder.info.features["label"]
+    prepared = open_prepared(f"glue/{name}", data_dir, "tensorflow_datasets.text.glue")
+    label = prepared.builder.info.features["label"]
     labels = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None
-    train, test = (_read(builder, split, name, labels) for split in ("train", "validation"))
+    train, test = (_read(prepared, split, name, labels) for split in ("train", "validation"))
     if train_examples is not None and not 1 <= train_examples <= len(train):
         raise ValueError(f"train_examples = {train_examples} must be between 1 and {len(train)}, all of glue/{name}.")
     train, validation = hold_out(train[:train_examples], holdout, seed)
@@ -69,30 +69,20 @@ def load_glue(
     return text_task(train, validation, test, labels=labels, metrics=METRICS[name], pad=pad, max_length=max_length)
 
 
-def _read(builder: tfds.core.DatasetBuilder, split: str, name: str, labels: tuple[str, ...] | None) -> list[dict]:
+def _read(prepared: Prepared, split: str, name: str, labels: tuple[str, ...] | None) -> list[dict]:
     """The checked examples of a split, in GLUE's own order (TFDS shuffles them when it prepares them)."""
-    where, root = builder.data_path, builder.data_path.parents[2]
-    prepare = (
-        'python -c "import tensorflow_datasets as tfds, tensorflow_datasets.text.glue; '
-        f"tfds.builder('glue/{name}', data_dir='{root}', file_format='array_record').download_and_prepare()\""
-    )
-    if not builder.is_prepared():
-        raise FileNotFoundError(
-            f"There is no glue/{name} in {where}. If it is elsewhere, set --config.task.data_dir (or TFDS_DATA_DIR) to the "
-            f"folder that holds glue/{name}. To download and prepare it:\n  {prepare}"
-        )
     try:
-        source = builder.as_data_source(split=split)
+        source = prepared.builder.as_data_source(split=split)
         rows = source.__getitems__(range(len(source)))
     except Exception as error:  # TFDS, array_record and the file system have a type for each
         raise ValueError(
-            f"The {split} split of glue/{name} in {where} cannot be read ({error}). Remove that folder and prepare it "
-            f"again:\n  {prepare}"
+            f"The {split} split of glue/{name} in {prepared.where} cannot be read ({error}). Remove that folder and prepare it "
+            f"again:\n  {prepared.command}"
         ) from error
 
     examples = []
     for row in sorted(rows, key=lambda row: row["idx"]):
-        at = f"glue/{name} {split}, idx {row['idx']}, in {where}"
+        at = f"glue/{name} {split}, idx {row['idx']}, in {prepared.where}"
         texts = tuple(row[field].decode("utf-8", "replace") for field in FIELDS[name])
         for field, text in zip(FIELDS[name], texts):
             if not text.strip():

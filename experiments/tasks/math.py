@@ -13,11 +13,10 @@ import random
 import re
 
 import numpy as np
-import tensorflow_datasets as tfds
-import tensorflow_datasets.text.gsm8k  # registers GSM8K, so that what isn't on disk yet has its features and version
 
 from experiments.answers import boxed
 from experiments.data import Task
+from experiments.tasks.prepared import open_prepared
 from experiments.text import language_task
 from gpart_jax.models.vocabulary import Vocabulary
 
@@ -130,34 +129,24 @@ def read_gsm8k(split: str, data_dir: str | None = None) -> list[dict]:
       FileNotFoundError: the data isn't there; the message has the command that gets it.
       ValueError: data that cannot be read, or an example without a question or an answer.
     """
-    builder = tfds.builder("gsm8k", data_dir=data_dir, file_format="array_record")
-    where, root = builder.data_path, builder.data_path.parents[1]
-    prepare = (
-        'python -c "import tensorflow_datasets as tfds, tensorflow_datasets.text.gsm8k; '
-        f"tfds.builder('gsm8k', data_dir='{root}', file_format='array_record').download_and_prepare()\""
-    )
-    if not builder.is_prepared():
-        raise FileNotFoundError(
-            f"There is no gsm8k in {where}. If it is elsewhere, set --config.task.data_dir (or TFDS_DATA_DIR) to the "
-            f"folder that holds gsm8k. To download and prepare it:\n  {prepare}"
-        )
+    prepared = open_prepared("gsm8k", data_dir, "tensorflow_datasets.text.gsm8k")
     try:
-        source = builder.as_data_source(split=split)
+        source = prepared.builder.as_data_source(split=split)
         rows = [
             [row[name].decode("utf-8", "replace").strip() for name in ("question", "answer")]
             for row in source.__getitems__(range(len(source)))
         ]
     except Exception as error:  # TFDS, array_record and the file system have a type for each; a cut text is None
         raise ValueError(
-            f"The {split} split of gsm8k in {where} cannot be read ({error}). Remove that folder and prepare it again:\n"
-            f"  {prepare}"
+            f"The {split} split of gsm8k in {prepared.where} cannot be read ({error}). Remove that folder and prepare it again:\n"
+            f"  {prepared.command}"
         ) from error
     examples = []
     for idx, (question, solution) in enumerate(rows):
         steps, _, answer = (part.strip() for part in re.sub(r"<<.*?>>", "", solution).rpartition("####"))
         if not question or not steps or not answer:
             raise ValueError(
-                f"gsm8k {split}, number {idx}, in {where} lacks a question, a solution or the answer after ####."
+                f"gsm8k {split}, number {idx}, in {prepared.where} lacks a question, a solution or the answer after ####."
             )
         response = f"{steps}\n#### {answer}\nThe answer is: {answer}"
         examples.append({"question": question, "response": response, "answer": answer, "idx": idx})

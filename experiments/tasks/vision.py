@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 
 from experiments.data import Task
 from experiments.images import image_task
+from experiments.tasks.prepared import open_prepared
 
 
 class Splits(NamedTuple):
@@ -150,23 +151,15 @@ def load_vision(
 
 def _from_tfds(name: str, data_dir: str | None):
     splits = TFDS_SPLITS[name]
-    builder = tfds.builder(splits.name, data_dir=data_dir, file_format="array_record")
+    builder, where, command = open_prepared(splits.name, data_dir)
     features = builder.info.features
-    if not builder.is_prepared():
-        root = pathlib.Path(builder.data_path).parents[splits.name.count("/") + 1]
-        raise FileNotFoundError(
-            f"There is no {splits.name} in {builder.data_path}. If it is elsewhere, set --config.task.data_dir (or "
-            f"TFDS_DATA_DIR) to the folder that holds {splits.name}. To download and prepare it:\n"
-            f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{splits.name}', data_dir='{root}', "
-            f"file_format='array_record').download_and_prepare()\""
-        )
     # The bytes of images stay as they are until one is needed, in the thread or process that needs it.
     skip = {
         key: tfds.decode.SkipDecoding() for key, value in features.items() if isinstance(value, tfds.features.Image)
     }
     name_of = next((key for key in ("file_name", "filename", "id") if key in features), None)
 
-    again = "Bring that folder back, or remove it and prepare it again."
+    again = f"Bring that folder back, or remove it and prepare it again:\n  {command}"
 
     def part(split: str | None) -> Part | None:
         if split is None:
@@ -175,16 +168,14 @@ def _from_tfds(name: str, data_dir: str | None):
             source = builder.as_data_source(split=split, decoders=skip)
         except Exception as error:  # TFDS, array_record and the file system have a type for each
             raise ValueError(
-                f"The {split} split of {splits.name} in {builder.data_path} can't be read ({error}). {again}"
+                f"The {split} split of {splits.name} in {where} can't be read ({error}). {again}"
             ) from error
 
         def read(row: int) -> dict:
             try:
                 record = source[row]
             except Exception as error:
-                raise ValueError(
-                    f"{splits.name} {split}, record {row}, in {builder.data_path}: {error}. {again}"
-                ) from error
+                raise ValueError(f"{splits.name} {split}, record {row}, in {where}: {error}. {again}") from error
             called = record[name_of].decode("utf-8", "replace") if name_of else None
             return {"image": record["image"], "label": record["label"], "id": called}
 
