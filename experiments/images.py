@@ -47,7 +47,7 @@ def augment(example: dict, rng: np.random.Generator, *, size: int, crop: float, 
       flip: whether half of all images are mirrored.
     """
     image = decode(example)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=random_box(*image.size, crop, rng))
+    image = image.crop(random_box(*image.size, crop, rng)).resize((size, size), Image.Resampling.BILINEAR)
     if flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return example | {"pixel_values": np.asarray(image)}
