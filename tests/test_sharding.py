@@ -65,7 +65,7 @@ def case(family):
         loss = make_language_loss(model)
         batch["loss_mask"] = mask
         rules = sharding.DECODER
-    params = model.init(jax.random.key(0), ids, mask)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), ids, mask)["params"]
     return loss, method, params, batch, rules
 
 

@@ -8,12 +8,10 @@ from experiments.optimizer import make_optimizer
 
 def updates(trainable, gradient, steps, **options):
     optimizer = make_optimizer(100, **{"lr": 1e-2, "head_lr": 1e-3} | options)
-    state = optimizer.init(trainable)
+    state, update_of = optimizer.init(trainable), jax.jit(optimizer.update)
     taken = []
     for _ in range(steps):
-        update, state = optimizer.update(
-            jax.tree.map(lambda x: gradient * jnp.ones_like(x), trainable), state, trainable
-        )
+        update, state = update_of(jax.tree.map(lambda x: gradient * jnp.ones_like(x), trainable), state, trainable)
         taken.append(update)
     return taken
 

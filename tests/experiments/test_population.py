@@ -32,6 +32,7 @@ def members(make_config, method="gpart", epochs=1, dropout=0.0):
         config = make_config(method)
         config.seed, config.optimizer.lr, config.train.epochs = seed, rate, epochs
         config.model.dropout = dropout
+        config.task.max_length = 16 if dropout else 8
         config.train.batch_size, config.train.log_every, config.train.checkpoint_every = 128, 5, 10  # 40 steps
         if "seed" in config.method:
             config.method.seed = 10 + seed

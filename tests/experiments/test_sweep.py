@@ -160,7 +160,7 @@ def test_workers_share_the_gpus(gpus, jobs, shares):
 def command(model, workdir, *more):
     return [
         sys.executable, "-m", "experiments.sweep", "--config=configs/quickstart.py", f"--workdir={workdir}",
-        f"--config.model.source={model}", "--config.train.epochs=2", "--config.train.log_every=10",
+        f"--config.model.source={model}", "--config.task.max_length=8", "--config.train.epochs=2", "--config.train.log_every=10",
         "--config.train.checkpoint_every=30", *more,
     ]  # fmt: skip
 
@@ -304,7 +304,7 @@ def test_a_population_is_swept(tiny_model, tmp_path):
     swept = subprocess.run(
         [
             sys.executable, "-m", "experiments.sweep", "--config=configs/ablation.py:init_bound", f"--workdir={tmp_path}",
-            f"--config.model.source={tiny_model}", "--config.method.d=64", "--config.train.epochs=1", "--seeds=2",
+            f"--config.model.source={tiny_model}", "--config.method.d=64", "--config.task.max_length=8", "--config.train.epochs=1", "--seeds=2",
             "--config.train.batch_size=512", "--population=3", "--sweep", "method.init_bound=0.0,0.1",
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=300,

@@ -27,7 +27,7 @@ STEPS = 2 * 160
 def command(model, workdir, batch_size=32):
     return [
         sys.executable, "-m", "experiments.train", "--config=configs/quickstart.py", f"--workdir={workdir}",
-        f"--config.model.source={model}", "--config.method.d=256",
+        f"--config.model.source={model}", "--config.method.d=256", "--config.task.max_length=8",
         "--config.method.dropout=0.1", "--config.train.epochs=2", "--config.train.log_every=10",
         "--config.train.checkpoint_every=30", f"--config.train.batch_size={batch_size}",
     ]  # fmt: skip
@@ -298,14 +298,14 @@ def test_a_workdir_that_cannot_be_made_is_named(config, tmp_path):
 def test_a_step_that_never_ends_ends_the_process(tiny_model, tmp_path):
     code = (
         "import pathlib, sys, time, experiments.train as t; from configs import quickstart; c = quickstart.get_config();"
-        f"c.model.source = {str(tiny_model)!r}; c.method.d = 256; c.train.step_timeout = 20.0;"
+        f"c.model.source = {str(tiny_model)!r}; c.method.d = 256; c.train.step_timeout = 8.0;"
         "save = t.Checkpoints.save; t.Checkpoints.save = lambda *a: (save(*a), time.sleep(1000));"
         f"t.train(c, pathlib.Path({str(tmp_path)!r}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(tiny_model), capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 1 and "Timeout (0:00:20)!" in done.stderr and "in _train" in done.stderr
+    assert done.returncode == 1 and "Timeout (0:00:08)!" in done.stderr and "in _train" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ STEPS = 160
 def arguments(model, workdir):
     return [
         "--config=configs/quickstart.py", f"--config.model.source={model}", "--config.method.d=256",
-        "--config.train.epochs=1", "--config.train.log_every=10", "--config.train.checkpoint_every=20",
+        "--config.task.max_length=8", "--config.train.epochs=1", "--config.train.log_every=10", "--config.train.checkpoint_every=20",
         f"--workdir={workdir}",
     ]  # fmt: skip
 
