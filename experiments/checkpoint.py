@@ -195,10 +195,11 @@ def clear_disk_errors(workdir: pathlib.Path):
     try:
         yield
     except Exception as error:  # Orbax wraps what the system says in types of its own
-        whole = f"{error!r} {error.__cause__!r} {error.__context__!r}"
+        whole = f"{error} {error!r} {error.__cause__!r} {error.__context__!r}"
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR):
             reason = os.strerror(code)
-            if reason in whole:
+            of_disk = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the others may be of what is read
+            if reason in whole and (of_disk or str(workdir) in whole):
                 raise OSError(
                     code,
                     f"{reason}: {workdir} can't be written to. What was saved there is whole: make room or choose another "

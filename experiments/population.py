@@ -159,6 +159,8 @@ def _train(configs, workdirs, devices) -> None:
                 watch.restart()
             stop = interrupt.requested(step)
             if stop or step % config.train.checkpoint_every == 0 or step == total_steps:
+                for own, workdir in zip(np.asarray(jnp.stack(losses)).T if losses else (), workdirs):
+                    finite_mean(own, step, steps_per_epoch, config.train, lambda _: None, f" of {workdir}")
                 for number, (saved, state, own) in enumerate(zip(checkpoints, states, batches)):
                     trainable, optimizer = _member(trained, number)
                     saved.save(state | {"trainable": trainable, "optimizer": optimizer, "step": step}, own)

@@ -130,6 +130,8 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
                     watch.restart()
                 stop = interrupt.requested(step)  # read once: it may come at any moment
                 if stop or step % config.train.checkpoint_every == 0 or step == total_steps:
+                    if losses:  # a checkpoint after a step to stop at would hide it from the run that goes on
+                        finite_mean(np.asarray(jnp.stack(losses)), step, steps_per_epoch, config.train, lambda _: None)
                     checkpoints.save(state | {"step": step}, batches)
                     watch.restart()
                 if stop:
