@@ -156,8 +156,8 @@ def regions_of(layout: Layout, d: int, seed, *, scheme: str, scope: str) -> tupl
         raise TypeError(f"d must be an integer, not {d!r}.") from None
     if not 1 <= d <= layout.size:
         raise ValueError(f"d = {d} must be between 1 and N = {layout.size}, the number of adapted weights.")
-    if d >= 2**28:
-        raise ValueError(f"d = {d} must be below 2^28, so that 8 tables of d entries have 32-bit positions.")
+    if d >= 2**27:
+        raise ValueError(f"d = {d} must be below 2^27, so that 8 tables of 2 d entries have 32-bit positions.")
     if scope == "global":
         return _global_region(layout, d, seed_to_int(seed), scheme)
     return _block_regions(layout, d, seed_to_int(seed), scheme, scope)
@@ -293,7 +293,8 @@ Part = tuple[int, int | jax.Array, int]  # (axis, start, length): a slice of a l
 def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None, key=None) -> jax.Array:
     """Where each element of a leaf finds its value: positions in the region's flattened table, in a compiled program.
 
-    The table is rho applied to scaled theta, (8, d), for balanced-v1, and scaled theta itself, (d,), for the others.
+    The table is rho applied to scaled theta, each row twice, (8, 2 d), for balanced-v1, and scaled theta itself, (d,), for
+    the others.
 
     Args:
       layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
@@ -348,8 +349,7 @@ def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None, key=
                 carry = (r >= d).astype(jnp.uint32)
                 c, r = uint64.add(uint64.add(c, quotient), (jnp.zeros_like(carry), carry)), r - carry * d
         k, o = (x.astype(jnp.uint32) for x in chunks_in_program(region, key, c))
-        rotated = r + o
-        slot = k * d + jnp.where(rotated >= d, rotated - d, rotated)
+        slot = k * (2 * d) + r + o
     slot = slot.astype(jnp.int32).reshape(padded)[tuple(slice(n) for n in shape)]
     return slot if layer is None else slot[0]
 

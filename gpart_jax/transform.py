@@ -7,7 +7,7 @@ that nothing of N entries is kept from forward to backward.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from gpart_jax.partition import Part, Partition, Region
 from gpart_jax.sharding import over_tensor
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
-_SHORTEST_RUN = 256  # the stream holds the numbers of N / d chunks in the program: from this d on, under 1 % of N
+_SHORTEST_RUN = 256  # the stream holds a few numbers of each of N / d chunks: from this d on, a few per cent of N
 
 
 def gpart_transform(
@@ -106,105 +106,121 @@ def bind(
         raise ValueError(f"dropout = {dropout} must be in [0, 1).")
     if key is not None:  # in shard_map, a key that varies over mesh axes makes theta vary over them too
         theta += jnp.zeros_like(jax.random.key_data(key), shape=(), dtype=theta.dtype)
-    views: dict[str, list] = {}
+    parts, number = [], 0
     for region, rho, scale, own in zip(partition.regions, partition.permutations, partition.scales, partition.keys):
         scaled = theta[..., region.start : region.start + region.d] * scale  # float32 or wider, as scale is
         table = _table(scaled, rho) if split is None else jax.vmap(_table, (0, None))(scaled, rho)
+        mask_keys = {}
         for view in region.views:
-            key_of = own[view.leaf.path] if isinstance(own, dict) else own
-            number = sum(map(len, views.values()))
-            mask_key = None if key is None else jax.random.fold_in(key, number)
-            views.setdefault(view.leaf.path, []).append((view, region, key_of, table, mask_key))
-
-    def delta(path, layer):
-        parts = {}
-        for view, region, key_of, table, mask_key in views[path]:
-            if layer is not None and not view.leaf.stacked:
-                raise ValueError(
-                    f"{path!r} can't be adapted layer by layer: that takes scope='global' and a layout that numbers it as "
-                    f"stacked (canonical_layout(..., stacked=...)). Otherwise adapt params before the scan."
-                )
-            if split is None:
-                part = _delta(region, view.leaf, key_of, table, layer)
-            else:
-                axis = split[path]
-                if axis is not None and view.layer is not None:  # the view is one layer
-                    axis -= 1
-                part = _delta_on_mesh(region, view.leaf, axis, key_of, table, layer)
-            if mask_key is not None:
-                part = _drop_leaf(part, dropout, mask_key, view.leaf.stacked, layer)
-            parts[view.layer] = part
-        return parts[None] if None in parts else jnp.stack([parts[n] for n in sorted(parts)])
+            mask_keys[view] = None if key is None else jax.random.fold_in(key, number)
+            number += 1
+        parts.append((region, own, table, mask_keys))
 
     def adapt(params, layer=None):
+        leaves = dict(named_leaves(params))
+        deltas: dict[str, dict] = {}
+        for region, own, table, mask_keys in parts:
+            views = [view for view in region.views if view.leaf.path in leaves]
+            for view in views:
+                if layer is not None and not view.leaf.stacked:
+                    raise ValueError(
+                        f"{view.leaf.path!r} can't be adapted layer by layer: that takes scope='global' and a layout that numbers "
+                        f"it as stacked (canonical_layout(..., stacked=...)). Otherwise adapt params before the scan."
+                    )
+            if not views:
+                continue
+            these = tuple(view.leaf for view in views)
+            keys = tuple(own[leaf.path] if isinstance(own, dict) else own for leaf in these)
+            if split is None:
+                new = _deltas(region, these, keys, table, layer)
+            else:  # a view that is one layer of a stacked leaf has an axis less
+                axes = [split[view.leaf.path] for view in views]
+                axes = tuple(a if a is None else a - (v.layer is not None) for a, v in zip(axes, views))
+                new = _deltas_on_mesh(region, these, axes, keys, table, layer)
+            for view, delta in zip(views, new):
+                if key is not None:
+                    delta = _drop_leaf(delta, dropout, mask_keys[view], view.leaf.stacked, layer)
+                deltas.setdefault(view.leaf.path, {})[view.layer] = delta
+
         adapted = {}
-        for path, leaf in named_leaves(params):
-            if path in views:
-                adapted[path] = (leaf + delta(path, layer)).astype(leaf.dtype)
-                if split is not None:  # and so for its cotangent, which XLA may else make otherwise and then move
-                    adapted[path] = jax.lax.with_sharding_constraint(adapted[path], _split_spec(split[path], layer))
+        for path, of in deltas.items():
+            leaf, delta = leaves[path], of[None] if None in of else jnp.stack([of[n] for n in sorted(of)])
+            adapted[path] = (leaf + delta).astype(leaf.dtype)
+            if split is not None:  # and so for its cotangent, which XLA may else make otherwise and then move
+                adapted[path] = jax.lax.with_sharding_constraint(adapted[path], _split_spec(split[path], layer))
         return replace_leaves(params, adapted)
 
     return adapt
 
 
 def _table(scaled, rho):
-    """The 8 permutations of scaled theta, (8, d); or scaled theta itself as (1, d) where there are none."""
+    """The 8 permutations of scaled theta, each twice in a row: (8, 2 d). Scaled theta itself, (1, d), where there are none."""
     if not len(rho):
         return scaled[None]
-    # A copy of theta for each row makes every index of the transposed scatter unique, hence the sum reproducible.
-    rows = jnp.broadcast_to(scaled, rho.shape)
-    return jax.vmap(lambda row, order: row.at[order].get(unique_indices=True, mode="promise_in_bounds"))(rows, rho)
+    # Row by row, so that the transposed scatters have unique indices: the sum is reproducible, and fast.
+    table = jnp.stack([scaled.at[order].get(unique_indices=True, mode="promise_in_bounds") for order in rho])
+    return jnp.concatenate([table, table], axis=1)  # a rotation of a row is a slice
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _delta(region: Region, leaf: Leaf, key, table, layer):
-    """`expand` with its transpose, and nothing kept from forward to backward."""
-    return expand(region, leaf, key, table, layer)
+def _deltas(region: Region, leaves: tuple[Leaf, ...], keys, table, layer):
+    """`expand` for each leaf, with its transpose, and nothing kept from forward to backward."""
+    return tuple(expand(region, leaf, key, table, layer) for leaf, key in zip(leaves, keys))
 
 
-def _delta_forward(region, leaf, key, table, layer):
-    return expand(region, leaf, key, table, layer), (key, layer)
+def _deltas_forward(region, leaves, keys, table, layer):
+    return _deltas(region, leaves, keys, table, layer), (keys, layer)
 
 
-def _delta_backward(region, leaf, residuals, cotangent):
-    key, layer = residuals
-    return None, contract(region, leaf, key, cotangent, layer), None
+def _deltas_backward(region, leaves, residuals, cotangents):
+    keys, layer = residuals
+    return None, _contract_all(region, leaves, keys, cotangents, layer, [None] * len(leaves)), None
 
 
-_delta.defvjp(_delta_forward, _delta_backward)
+_deltas.defvjp(_deltas_forward, _deltas_backward)
+
+
+def _contract_all(region, leaves, keys, cotangents, layer, parts):
+    """One table's cotangent from all leaves: the last comes first, as in the model's own backward pass."""
+    shape = (partitions.TABLES, 2 * region.d) if region.scheme == "balanced-v1" else (1, region.d)
+    total = jnp.zeros_like(cotangents[0], shape=shape)  # varies over the mesh as they do
+    for leaf, key, cotangent, part in reversed(list(zip(leaves, keys, cotangents, parts))):
+        total = contract(region, leaf, key, cotangent, total, layer, part)
+    return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _delta_on_mesh(region: Region, leaf: Leaf, axis: int | None, key, tables, layer):
-    """`_delta` where each device along "tensor" makes its part along `axis` from its own of the tables, (T, 8, d)."""
+def _deltas_on_mesh(region: Region, leaves, axes, keys, tables, layer):
+    """`_deltas` where each device along "tensor" makes its part along `axes` from its own of the tables, (T, ...)."""
 
-    def local(key, table, device, layer):  # (2,), (1, 8, d), (1,)
-        return expand(region, leaf, key, table[0], layer, _part(leaf, layer, axis, device[0], len(tables)))
+    def local(keys, table, device, layer):  # table: (1, ...), device: (1,)
+        parts = _parts(leaves, layer, axes, device[0], len(tables))
+        return tuple(expand(region, leaf, key, table[0], layer, part) for leaf, key, part in zip(leaves, keys, parts))
 
-    return over_tensor(local, out_specs=_split_spec(axis, layer))(
-        (key, P()), (tables, P("tensor")), _devices(len(tables)), (layer, P())
+    return over_tensor(local, out_specs=_split_specs(axes, layer))(
+        (keys, P()), (tables, P("tensor")), _devices(len(tables)), (layer, P())
     )
 
 
-def _delta_on_mesh_forward(region, leaf, axis, key, tables, layer):
-    return _delta_on_mesh(region, leaf, axis, key, tables, layer), (key, layer, len(tables))
+def _deltas_on_mesh_forward(region, leaves, axes, keys, tables, layer):
+    return _deltas_on_mesh(region, leaves, axes, keys, tables, layer), (keys, layer, len(tables))
 
 
-def _delta_on_mesh_backward(region, leaf, axis, residuals, cotangent):
-    key, layer, count = residuals
+def _deltas_on_mesh_backward(region, leaves, axes, residuals, cotangents):
+    keys, layer, count = residuals
 
-    def local(key, cotangent, device, layer):
-        total = contract(region, leaf, key, cotangent, layer, _part(leaf, layer, axis, device[0], count))
-        if axis is None:  # all devices hold the same: it counts once
-            total = jnp.where(device[0] == 0, total, 0)
-        return total[None]
+    def local(keys, cotangents, device, layer):
+        if count > 1:  # what all devices hold counts once
+            cotangents = [jnp.where(device[0] == 0, g, 0) if a is None else g for g, a in zip(cotangents, axes)]
+        return _contract_all(region, leaves, keys, cotangents, layer, _parts(leaves, layer, axes, device[0], count))[
+            None
+        ]
 
-    args = (key, P()), (cotangent, _split_spec(axis, layer)), _devices(count), (layer, P())
+    args = (keys, P()), (cotangents, _split_specs(axes, layer)), _devices(count), (layer, P())
     return None, over_tensor(local, out_specs=P("tensor"))(*args), None
 
 
-_delta_on_mesh.defvjp(_delta_on_mesh_forward, _delta_on_mesh_backward)
+_deltas_on_mesh.defvjp(_deltas_on_mesh_forward, _deltas_on_mesh_backward)
 
 
 def _devices(count):
@@ -216,44 +232,52 @@ def _split_spec(axis, layer):
     return P() if axis is None else P(*[None] * (axis - (layer is not None)), "tensor")
 
 
-def _part(leaf: Leaf, layer, axis, device, devices) -> Part | None:
-    if axis is None:
-        return None
-    size = leaf.shape[axis] // devices
-    return axis - (layer is not None), device * size, size
+def _split_specs(axes, layer):
+    return tuple(_split_spec(axis, layer) for axis in axes)
+
+
+def _parts(leaves, layer, axes, device, devices) -> list[Part | None]:
+    def part(leaf, axis):
+        if axis is None:
+            return None
+        size = leaf.shape[axis] // devices
+        return axis - (layer is not None), device * size, size
+
+    return [part(leaf, axis) for leaf, axis in zip(leaves, axes)]
 
 
 def expand(region: Region, leaf: Leaf, key, table, layer=None, part: Part | None = None):
-    """The entries of P theta in a leaf, from its region's table, (8, d) or (1, d). Not for AD: its transpose is `contract`.
+    """The entries of P theta in a leaf, from its region's table. Not for AD: its transpose is `contract`.
 
     Args:
       key: the region's, from `Partition.keys`.
+      table: (8, 2 d), see `_table`; or (1, d).
       layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
       part: (axis, start, length): that slice alone, of the leaf or of its layer. The start may be traced.
     """
-    runs = _runs(region, leaf, key, layer)
-    if not runs:
+    runs = _runs(region, leaf, layer)
+    if runs is None:
         return table.reshape(-1)[partitions.slots(region, leaf, layer, part, key)]
-    delta = _stream(region, runs, table).reshape(leaf.shape if layer is None else leaf.shape[1:])
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+    delta = _stream(region, runs, key, table, layer).reshape(shape)
     if part is None:
         return delta
     axis, start, length = part
     return jax.lax.dynamic_slice_in_dim(delta, start, length, axis)
 
 
-def contract(region: Region, leaf: Leaf, key, cotangent, layer=None, part: Part | None = None):
-    """The transpose of `expand`: adds up a cotangent of its result's shape in the slots of the table, (8, d) or (1, d)."""
-    runs = _runs(region, leaf, key, layer)
-    if not runs:
+def contract(region: Region, leaf: Leaf, key, cotangent, total, layer=None, part: Part | None = None):
+    """The transpose of `expand`: `total`, of the table's shape, with a cotangent of `expand`'s result added to it."""
+    flat = total.reshape(-1)
+    runs = _runs(region, leaf, layer)
+    if runs is None:
         slots = partitions.slots(region, leaf, layer, part, key).reshape(-1)
-        rows = partitions.TABLES if region.scheme == "balanced-v1" else 1
-        total = jnp.zeros_like(cotangent, shape=(rows * region.d,)).at[slots].add(cotangent.reshape(-1))
-        return total.reshape(rows, region.d)
+        return flat.at[slots].add(cotangent.reshape(-1).astype(total.dtype)).reshape(total.shape)
     if part is not None:  # in its place among zeros: to stream those is cheaper than to look at elements
         axis, start, _ = part
         whole = jnp.zeros_like(cotangent, shape=leaf.shape if layer is None else leaf.shape[1:])
         cotangent = jax.lax.dynamic_update_slice_in_dim(whole, cotangent, start, axis)
-    return _stream_transpose(region, runs, cotangent)
+    return _stream_transpose(region, runs, key, cotangent, layer, flat).reshape(total.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -276,60 +300,110 @@ def _drop_leaf(x, rate, key, stacked, layer):
 
 
 class _Runs(NamedTuple):
-    """Equally long runs of consecutive indices, as the chunks that cover them."""
+    """Equally long runs of consecutive indices."""
 
     length: int  # elements in a run
-    skips: Sequence  # per run: elements of its first chunk that lie before it
-    tables: tuple  # per chunk, run after run: table number and rotation, int32
-    chunks: int  # chunks taken for each run
+    columns: int  # of them, in a row
+    starts: np.ndarray  # uint64, index of each run's first element
 
 
-def _runs(region: Region, leaf: Leaf, key, layer) -> _Runs | None:
-    """How to stream a leaf, or one of its layers; None where its elements must be looked at one by one."""
+def _runs(region: Region, leaf: Leaf, layer) -> _Runs | None:
+    """The runs that a leaf or, for a layer, its layers are made of; None where elements must be looked at one by one."""
     if region.scheme != "balanced-v1" or region.d < _SHORTEST_RUN or not leaf.size:
         return None
-    pieces = [leaf] if leaf.is_dense and layer is None else leaf.layers()
-    if not all(piece.is_dense for piece in pieces):
+    pieces = [leaf] if leaf.is_dense and layer is None and leaf.size < 2**31 else leaf.layers()
+    if not all(piece.is_dense and piece.size < 2**31 for piece in pieces):
         return None
-    first, skips = np.divmod(np.array([piece.offset for piece in pieces], np.uint64), np.uint64(region.d))
-    skips = skips.astype(np.int32)
-    length = pieces[0].size
-    chunks = -(-(int(skips.max()) + length) // region.d)
-    numbers = first[:, None] + np.arange(chunks, dtype=np.uint64)
-    numbers = uint64.split(numbers)  # (runs, chunks) each
-    if layer is not None:
-        numbers = tuple(jax.lax.dynamic_index_in_dim(half, layer) for half in numbers)
-        skips = jax.lax.dynamic_index_in_dim(skips, layer)
-    tables = partitions.chunks_in_program(region, key, numbers)
-    return _Runs(length, skips, tuple(table.reshape(-1) for table in tables), chunks)
+    return _Runs(
+        pieces[0].size, leaf.shape[-1] if leaf.shape else 1, np.array([piece.offset for piece in pieces], np.uint64)
+    )
 
 
-def _stream(region: Region, runs: _Runs, table):
-    """Runs of P theta, shape (runs, length): slice after slice of the tables, each twice in a row to make rotation a slice."""
-    doubled = jnp.concatenate([table, table], axis=1)
+def _stream(region: Region, runs: _Runs, key, table, layer):
+    """Runs of P theta, (runs, length), as blocks of at most d elements: of two chunks at most, so two slices of the table."""
+    d, flat = region.d, table.reshape(-1)
 
-    def take(_, chunk):
-        return None, jax.lax.dynamic_slice(doubled, chunk, (1, region.d))[0]
+    def blocks(start, width, count):  # (runs, count * width)
+        first = runs.starts[:, None] + np.uint64(start) + np.arange(count, dtype=np.uint64) * np.uint64(width)
+        chunk, r = np.divmod(first, np.uint64(d))
+        numbers = uint64.split(chunk), uint64.split(chunk + np.uint64(1)), r.astype(np.int32)
+        *chunks, r = jax.tree.map(jnp.ravel, _of_layer(layer, numbers))
+        at = [_in_table(region, partitions.chunks_in_program(region, key, chunk), r) for chunk in chunks]
 
-    _, rows = jax.lax.scan(take, None, runs.tables)  # (runs * chunks, d)
-    rows = rows.reshape(len(runs.skips), -1)
-    return jnp.stack([jax.lax.dynamic_slice(row, (skip,), (runs.length,)) for row, skip in zip(rows, runs.skips)])
+        def block(numbers):
+            *at, split = numbers
+            one, two = (jax.lax.dynamic_slice(flat, (start,), (width,)) for start in at)
+            return jnp.where(jnp.arange(width, dtype=jnp.int32) < split, one, two)
+
+        together = jax.vmap(block)
+        if width % runs.columns and width >= 1024:
+            # On CPU XLA would look for its block from each element; where blocks are long, a loop over them costs nothing.
+            apart = functools.partial(jax.lax.map, block)
+            return jax.lax.platform_dependent((*at, d - r), cpu=apart, default=together).reshape(-1, count * width)
+        return together((*at, d - r)).reshape(-1, count * width)
+
+    width = _block_width(runs, d)
+    count, rest = divmod(runs.length, width)
+    whole = blocks(0, width, count)
+    return jnp.concatenate([whole, blocks(count * width, rest, 1)], axis=1) if rest else whole
 
 
-def _stream_transpose(region: Region, runs: _Runs, cotangent):
-    """The transpose: each chunk of the cotangent is added to the slice of the table that it was read from."""
-    d = region.d
-    zeros = jnp.zeros_like(cotangent, shape=(runs.chunks * d,))
-    rows = [
-        jax.lax.dynamic_update_slice(zeros, row, (skip,))
-        for row, skip in zip(cotangent.reshape(len(runs.skips), -1), runs.skips)
-    ]
+def _block_width(runs: _Runs, d: int) -> int:
+    """The most elements up to d that are some whole rows, or a part of one, of a run; d where they are few."""
+    rows, columns = runs.length // runs.columns, runs.columns
+    if columns <= d:
+        width = columns * next(n for n in range(min(rows, d // columns), 0, -1) if rows % n == 0)
+    else:
+        width = next(n for n in range(d, 0, -1) if columns % n == 0)
+    widest = min(d, runs.length)
+    if 1 < columns < runs.length and width >= min(64, widest):
+        return width
+    return next((n for n in range(widest, widest // 2, -1) if runs.length % n == 0), widest)
 
-    def add(total, chunk_and_row):
-        chunk, row = chunk_and_row
-        part = jax.lax.dynamic_slice(total, chunk, (1, d))
-        return jax.lax.dynamic_update_slice(total, part + row, chunk), None
 
-    zeros = jnp.zeros_like(cotangent, shape=(partitions.TABLES, 2 * d))
-    total, _ = jax.lax.scan(add, zeros, (runs.tables, jnp.stack(rows).reshape(-1, d)))
-    return total[:, :d] + total[:, d:]
+def _stream_transpose(region: Region, runs: _Runs, key, cotangent, layer, total):
+    """Adds a cotangent chunk by chunk to the slices of the table that they were read from. total: (16 d,)."""
+    d, length = region.d, runs.length
+    width = min(d, length)
+    cotangent = cotangent.reshape(-1, length)
+    first, skip = np.divmod(runs.starts[:, None], np.uint64(d))
+    chunks = np.arange(-(-(int(skip.max()) + length) // d))
+    begins = chunks * d - skip.astype(
+        np.int64
+    )  # (runs, chunks): where in its run a chunk begins; it may lie partly outside
+    starts = np.clip(begins, 0, length - width)  # of a window within the run that holds what the run has of the chunk
+    low, high = np.maximum(begins - starts, 0), np.minimum(np.minimum(begins + d, length) - starts, width)
+    inside = np.all((low == 0) & (high == width), axis=0)
+    shifts = (starts - begins) % d
+    numbers = uint64.split(first + chunks.astype(np.uint64))
+    per_run = _of_layer(layer, (numbers, *(x.astype(np.int32) for x in (shifts, starts, low, high))))
+
+    def add(total, chunk, masked):
+        run, at, start, low, high = chunk
+        row = jax.lax.dynamic_slice(cotangent, (run, start), (1, width))[0].astype(total.dtype)
+        if masked:
+            where = jnp.arange(width, dtype=jnp.int32)
+            row = jnp.where((where >= low) & (where < high), row, 0)
+        row += jax.lax.dynamic_slice(total, (at,), (width,))
+        return jax.lax.dynamic_update_slice(total, row, (at,)), None
+
+    for masked in (False, True):  # all but the edges go without a mask, in two thirds of the time
+        chosen = np.flatnonzero(inside != masked)
+        if chosen.size:
+            numbers, shifts, *others = jax.tree.map(lambda x: x[:, chosen], per_run)
+            at = _in_table(region, partitions.chunks_in_program(region, key, numbers), shifts)
+            run = np.broadcast_to(np.arange(len(shifts), dtype=np.int32)[:, None], shifts.shape)
+            windows = [jnp.asarray(x).reshape(-1) for x in (run, at, *others)]
+            total, _ = jax.lax.scan(functools.partial(add, masked=masked), total, windows)
+    return total
+
+
+def _of_layer(layer, per_run):
+    """The row of one layer, or all rows, of arrays with a row for each run."""
+    return per_run if layer is None else jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer), per_run)
+
+
+def _in_table(region, chunk, r):
+    """Where in the flattened table the element r of a chunk (table, rotation) is, and those after it in the chunk."""
+    table, rotation = chunk
+    return table * (2 * region.d) + (rotation + r) % region.d

@@ -157,8 +157,9 @@ def groups_of_slots(where, positions):
     if where.scheme == "splitmix64":
         return positions
     rho = np.array(ORACLE["Balanced"](where.d, where.seed).rho)
-    assert positions.min() >= 0 and positions.max() < rho.size
-    return rho.reshape(-1)[positions]
+    table = np.concatenate([rho, rho], axis=1)
+    assert positions.min() >= 0 and positions.max() < table.size
+    return table.reshape(-1)[positions]
 
 
 FAR = [
@@ -222,13 +223,13 @@ def test_slots_under_jit(scheme, x64):
 
 
 def test_slots_of_the_largest_d():
-    """8 d - 1 is the last position of the table; with d near 2^28 it nearly fills 31 bits."""
-    d, leaf, stream = 2**28 - 1, FAR[2], ORACLE["stream"]
+    """16 d - 1 is the last position of the table; with d near 2^27 it nearly fills 31 bits."""
+    d, leaf, stream = 2**27 - 1, FAR[2], ORACLE["stream"]
     found = np.asarray(slots(region(seed=1, d=d), leaf)).reshape(-1).tolist()
     for index, slot in zip(python_indices(leaf), found):
         c, r = divmod(index, d)
         h = stream(stream(1, 8), c)
-        assert slot == (h % 8) * d + (r + (h >> 32) % d) % d
+        assert slot == (h % 8) * 2 * d + r + (h >> 32) % d
 
 
 # ---------------------------------------------------------------------------------------------------- signed_magnitude
@@ -369,8 +370,8 @@ def test_bad_arguments(d, options, error, message):
 
 
 def test_d_beyond_32_bit_positions():
-    with pytest.raises(ValueError, match="below 2\\^28"):
-        make_partition(Layout((Leaf("w", (2**29,), 0, (1,)),)), 2**28, 1)
+    with pytest.raises(ValueError, match="below 2\\^27"):
+        make_partition(Layout((Leaf("w", (2**29,), 0, (1,)),)), 2**27, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- block scope

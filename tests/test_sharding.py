@@ -210,8 +210,12 @@ def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, s
     partition = make_partition(layout, min(d, layout.size), 7, scheme=scheme)
     (region,), (key,) = partition.regions, partition.keys
     random = np.random.default_rng(draw)
-    table = jnp.asarray(random.standard_normal((8 if scheme == "balanced-v1" else 1, region.d)), jnp.float32)
+    table = jnp.asarray(
+        random.standard_normal((8, region.d) if scheme == "balanced-v1" else (1, region.d)), jnp.float32
+    )
+    table = jnp.concatenate([table, table], axis=1) if scheme == "balanced-v1" else table
     layer, axis, index = int(random.integers(layers)), int(random.integers(2)), int(random.integers(2))
+    zero = jnp.zeros_like(table)
     leaves = [view.leaf for view in region.views]
     cotangents, placed = [], []  # the same, among zeros; small integers, so that sums are exact
     for leaf in leaves:
@@ -229,7 +233,7 @@ def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, s
             results.append((
                 expand(region, leaf, key, table), expand(region, leaf, key, table, layer),
                 expand(region, leaf, key, table, layer, part),
-                contract(region, leaf, key, among_zeros), contract(region, leaf, key, cotangent, layer, part),
+                contract(region, leaf, key, among_zeros, zero), contract(region, leaf, key, cotangent, zero, layer, part),
             ))  # fmt: skip
         return results
 
