@@ -314,9 +314,8 @@ def _runs(region: Region, leaf: Leaf, layer) -> _Runs | None:
     pieces = [leaf] if leaf.is_dense and layer is None and leaf.size < 2**31 else leaf.layers()
     if not all(piece.is_dense and piece.size < 2**31 for piece in pieces):
         return None
-    return _Runs(
-        pieces[0].size, leaf.shape[-1] if leaf.shape else 1, np.array([piece.offset for piece in pieces], np.uint64)
-    )
+    columns = leaf.shape[-1] if leaf.shape else 1
+    return _Runs(pieces[0].size, columns, np.array([piece.offset for piece in pieces], np.uint64))
 
 
 def _stream(region: Region, runs: _Runs, key, table, layer):
@@ -326,9 +325,9 @@ def _stream(region: Region, runs: _Runs, key, table, layer):
     def blocks(start, width, count):  # (runs, count * width)
         first = runs.starts[:, None] + np.uint64(start) + np.arange(count, dtype=np.uint64) * np.uint64(width)
         chunk, r = np.divmod(first, np.uint64(d))
-        numbers = uint64.split(chunk), uint64.split(chunk + np.uint64(1)), r.astype(np.int32)
-        *chunks, r = jax.tree.map(jnp.ravel, _of_layer(layer, numbers))
-        at = [_in_table(region, partitions.chunks_in_program(region, key, chunk), r) for chunk in chunks]
+        chunk, r = jax.tree.map(jnp.ravel, _of_layer(layer, (uint64.split(chunk), r.astype(np.int32))))
+        two = chunk, uint64.add(chunk, uint64.split(1))
+        at = [_in_table(region, partitions.chunks_in_program(region, key, one), r) for one in two]
 
         def block(numbers):
             *at, split = numbers
@@ -368,9 +367,8 @@ def _stream_transpose(region: Region, runs: _Runs, key, cotangent, layer, total)
     cotangent = cotangent.reshape(-1, length)
     first, skip = np.divmod(runs.starts[:, None], np.uint64(d))
     chunks = np.arange(-(-(int(skip.max()) + length) // d))
-    begins = chunks * d - skip.astype(
-        np.int64
-    )  # (runs, chunks): where in its run a chunk begins; it may lie partly outside
+    # (runs, chunks): where in its run a chunk begins, which may be outside.
+    begins = chunks * d - skip.astype(np.int64)
     starts = np.clip(begins, 0, length - width)  # of a window within the run that holds what the run has of the chunk
     low, high = np.maximum(begins - starts, 0), np.minimum(np.minimum(begins + d, length) - starts, width)
     inside = np.all((low == 0) & (high == width), axis=0)
