@@ -7,11 +7,12 @@ device: the size of each collective's result, times its executions.
 """
 
 import collections
-import sys
 
 import jax
 import optax
+from absl import app
 
+from benchmarks.measure import Table, save
 from configs import glue
 from experiments.data import Task
 from experiments.step import make_loss
@@ -46,11 +47,11 @@ def left_alone(config, arguments) -> jax.stages.Compiled:
     return jax.jit(step, out_shardings=(None, everywhere)).lower(trainable, frozen, batch, key_data).compile()
 
 
-def main():
+def main(_):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     config = glue.get_config("rte,base")
-    print("| mesh | step | all-reduce, MB | all-gather, MB | others, MB |\n|---|---|---:|---:|---:|")
+    table = Table("mesh", "step", "all-reduce, MB", "all-gather, MB", "others, MB")
     for sizes in MESHES:
         step = describe(config, sharding.make_mesh(sizes), LENGTH)
         programs = {
@@ -61,9 +62,10 @@ def main():
             size = collections.Counter()
             for one in collectives(compiled.as_text()):
                 size[one.kind if one.kind in ("all-reduce", "all-gather") else "others"] += one.bytes / 1e6
-            row = " | ".join(f"{size[kind]:,.3f}" for kind in ("all-reduce", "all-gather", "others"))
-            print(f"| {', '.join(f'{axis} {n}' for axis, n in sizes.items())} | {name} | {row} |", flush=True)
+            row = (f"{size[kind]:,.3f}" for kind in ("all-reduce", "all-gather", "others"))
+            table.add(", ".join(f"{axis} {n}" for axis, n in sizes.items()), name, *row)
+    save(table)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app.run(main)

@@ -15,6 +15,7 @@ import time
 from absl import app, flags
 from ml_collections import config_flags
 
+from benchmarks.measure import Table, save
 from experiments.logger import quiet
 from experiments.population import train_population
 from experiments.train import train
@@ -37,12 +38,13 @@ def main(_):
         for config, workdir in zip(configs, alone):
             train(config, workdir)
         seconds = {"together": middle - start, "one after another": time.perf_counter() - middle}
+        table = Table(f"{len(configs)} runs", "seconds", "over one after another", "a step of one, s", "test")
         for (name, total), workdirs in zip(seconds.items(), (together, alone)):
             results = [json.loads((workdir / "results.json").read_text()) for workdir in workdirs]
             step = statistics.median(result["seconds_per_step"] for result in results)
             tests = ", ".join(f"{result['test']:.4f}" for result in results)
-            print(f"{len(configs)} runs {name}: {total:.1f} s, {step:.4f} s a step of one; test {tests}", flush=True)
-    print(f"ratio {seconds['together'] / seconds['one after another']:.2f}")
+            table.add(name, f"{total:.1f}", f"{total / seconds['one after another']:.2f}", f"{step:.4f}", tests)
+    save(table, seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The batches take turns, so that what else the machine does meets all of them. Ra
 """
 
 import pathlib
-import statistics
 import tempfile
 import time
 
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from benchmarks.measure import Table, ratios, save, spread
 from gpart_jax import adapter as artifact
 from gpart_jax import serving
 from gpart_jax.adapter import Adapter
@@ -24,11 +24,6 @@ def seconds(call):
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
-
-
-def spread(values, scale=1.0, digits=2):
-    low, middle, high = (scale * value for value in (min(values), statistics.median(values), max(values)))
-    return f"{middle:.{digits}f} ({low:.{digits}f} ... {high:.{digits}f})"
 
 
 def main(_):
@@ -100,11 +95,13 @@ def main(_):
             times[count].append(seconds(lambda: serve(which)))
     assert run._cache_size() == compiled
     base = times[1]
-    print("batch                                 seconds                 time / that of a batch of one adapter")
+    print()
+    table = Table("batch", "seconds", "over a batch of one adapter")
     for name, values in times.items():
-        ratios = [value / other for value, other in zip(values, base)]
         label = name if isinstance(name, str) else f"{name} of {options.adapters:,} adapters"
-        print(f"{label:<36}  {spread(values, digits=3):<24}  {spread(ratios)}")
+        table.add(label, spread(values, digits=3), spread(ratios(values, base)))
+    save(table, seconds={str(name): values for name, values in times.items()})
+    print()
     for name, cut in (
         ("one adapter", plan(mixed(1))),
         ("all different", plan(mixed(options.rows))),

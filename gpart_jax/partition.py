@@ -32,6 +32,7 @@ import functools
 import math
 import operator
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -290,7 +291,7 @@ def group_sizes(region: Region, rho=None) -> np.ndarray:
 Part = tuple[int, int | jax.Array, int]  # (axis, start, length): a slice of a leaf
 
 
-def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None, key=None) -> jax.Array:
+def slots(region: Region, leaf: Leaf, layer=None, parts: Sequence[Part] = (), key=None) -> jax.Array:
     """Where each element of a leaf finds its value: positions in the region's flattened table, in a compiled program.
 
     The table is rho applied to scaled theta, each row twice, (8, 2 d), for balanced-v1, and scaled theta itself, (d,), for
@@ -298,7 +299,7 @@ def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None, key=
 
     Args:
       layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
-      part: (axis, start, length): that slice alone, of the leaf or of its layer. The start may be traced.
+      parts: (axis, start, length) each: that slice alone, of the leaf or of its layer. The starts may be traced.
       key: the region's, from `Partition.keys`; None makes it from the region's seed.
 
     Returns:
@@ -307,11 +308,13 @@ def slots(region: Region, leaf: Leaf, layer=None, part: Part | None = None, key=
     """
     if region.scheme == SIGNED_MAGNITUDE:
         ids = key if layer is None else jax.lax.dynamic_index_in_dim(key, layer, keepdims=False)
-        return ids if part is None else jax.lax.dynamic_slice_in_dim(ids, part[1], part[2], part[0])
+        for axis, start, length in parts:
+            ids = jax.lax.dynamic_slice_in_dim(ids, start, length, axis)
+        return ids
     key = uint64.split(_hash_key(region)) if key is None else tuple(key)
     picks = {} if layer is None else {0: (layer, 1)}  # axis: (start, length)
-    if part is not None:
-        picks[part[0] if layer is None else part[0] + 1] = part[1:]
+    for axis, *pick in parts:
+        picks[axis if layer is None else axis + 1] = pick
     axes = [(1, 0)]  # (length, step); the first carries the offset
     shape, padded = [], []
     taken = {}  # table: (start, length)

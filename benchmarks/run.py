@@ -1,0 +1,91 @@
+"""All benchmarks, one after another, each in a process of its own; their tables, and all figures as one JSON file.
+
+  python -m benchmarks.run                               # everything: over an hour on two cores
+  python -m benchmarks.run --suite=transform,step        # some
+  python -m benchmarks.run --quick                       # few sizes and repeats, to see that all work
+
+Each is a script of its own with options of its own: `python -m benchmarks.<suite> --help`.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+
+import jax
+from absl import app, flags
+
+SUITES = {  # what it measures, and the options of --quick
+    "transform": ("forward over a copy, VJP over a sum, bytes kept", ["--sizes=1048576", "--ds=256,23040", "--repeats=3"]),
+    "step": ("a training step over the same with given weights; memory", ["--models=minilm", "--rows=2", "--repeats=3"]),
+    "setup": ("making a partition of 1.3 billion weights", ["--ds=23040"]),
+    "collectives": ("bytes that a step communicates on 8 devices", []),
+    "population": ("a population of runs against the runs", ["--config.train.epochs=1", "--members=2"]),
+    "serving": ("a batch of many adapters against a batch of one", ["--adapters=32", "--repeats=3"]),
+    "generation": ("tokens a second", ["--prompts=2", "--new_tokens=16", "--repeats=1"]),
+}  # fmt: skip
+FULL = {"population": ["--config.train.epochs=1"]}
+
+
+def processor() -> str:
+    """What /proc/cpuinfo calls the first core, or what Python knows."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def machine() -> dict:
+    device = jax.devices()[0]
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def main(_):
+    options = flags.FLAGS
+    if unknown := set(options.suite) - set(SUITES):
+        raise app.UsageError(
+            f"--suite={','.join(options.suite)}: {sorted(unknown)[0]!r} is none of {', '.join(SUITES)}."
+        )
+    probe = subprocess.run(  # in a process of its own: what holds an accelerator keeps it from the benchmarks
+        [sys.executable, "-c", "import json; from benchmarks.run import machine; print(json.dumps(machine()))"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    figures = {"date": datetime.datetime.now().isoformat(timespec="minutes"), "command": " ".join(sys.argv[1:])}
+    figures["machine"] = json.loads(probe.stdout.splitlines()[-1])
+    print(", ".join(f"{name} {value}" for name, value in figures["machine"].items()))
+    failed = []
+    for suite in options.suite:
+        what, quick = SUITES[suite]
+        with tempfile.TemporaryDirectory() as folder:
+            file = pathlib.Path(folder) / "figures.json"
+            arguments = quick if options.quick else FULL.get(suite, [])
+            print(f"\n# {suite}: {what}\n\n    python -m benchmarks.{suite} {' '.join(arguments)}\n", flush=True)
+            code = subprocess.run(
+                [sys.executable, "-m", f"benchmarks.{suite}", *arguments, f"--json={file}"]
+            ).returncode
+            if code:
+                failed.append(suite)
+            else:
+                figures[suite] = json.loads(file.read_text())
+        pathlib.Path(options.output).write_text(json.dumps(figures, indent=1))
+    print(f"\nFigures: {options.output}")
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}.")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("suite", list(SUITES), f"Which, of {', '.join(SUITES)}.")
+    flags.DEFINE_bool("quick", False, "Few sizes and repeats.")
+    flags.DEFINE_string("output", "benchmarks.json", "Where the figures go.")
+    app.run(main)
