@@ -108,10 +108,11 @@ class Checkpoints:
     def save(self, state: dict, batches) -> None:
         """Saves in the background. The arrays are copied first, since the next step donates them."""
         state = jax.tree.map(np.array, state)
+        position = batches.get_state()  # the same in every process, however many there are
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(batches.get_state()),  # the same in every process, however many there are
-            seal=ocp.args.JsonSave({"sha256": _digest(state)}),
+            data=ocp.args.JsonSave(position),
+            seal=ocp.args.JsonSave({"sha256": _digest(state, position)}),
         )
         if not self._manager.save(state["step"], args=args):
             raise RuntimeError(
@@ -163,8 +164,8 @@ class Checkpoints:
             seal=ocp.args.JsonRestore(),
         )
         saved = self._manager.restore(step, args=args)
-        if saved["seal"]["sha256"] != _digest(saved["state"]):
-            raise ValueError("its numbers aren't those that were saved")
+        if saved["seal"]["sha256"] != _digest(saved["state"], saved["data"]):
+            raise ValueError("its numbers, or its position in the data, aren't those that were saved")
         return saved
 
     def _move_away(self, damaged: dict[int, Exception]) -> None:
@@ -181,8 +182,8 @@ class Checkpoints:
             self._manager.reload()
 
 
-def _digest(state: dict) -> str:
-    digest = hashlib.sha256()
+def _digest(state: dict, position: dict) -> str:
+    digest = hashlib.sha256(json.dumps(position).encode())
     for path, leaf in jax.tree.leaves_with_path(state):
         leaf = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)}{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())

@@ -1,15 +1,17 @@
-"""One run at a time in a workdir."""
+"""One run at a time in a workdir, and checkpoints that are whole or not used."""
 
 import errno
 import fcntl
 import logging
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from experiments import train
-from experiments.checkpoint import claim_workdir
+from experiments.checkpoint import Checkpoints, claim_workdir
 
 HOLD = """
 import pathlib, sys
@@ -58,3 +60,67 @@ def test_without_file_locks_a_run_is_warned(config, tmp_path, monkeypatch, caplo
     with caplog.at_level(logging.WARNING), claim_workdir(config, tmp_path):
         assert (tmp_path / "config.json").exists()
     assert "cannot be locked ([Errno 38] Function not implemented). Start no second run" in caplog.text
+
+
+class Batches:
+    """Data of which only the position is there."""
+
+    def get_state(self):
+        return {"next_index": self.at}
+
+    def set_state(self, state):
+        self.at = state["next_index"]
+
+
+def state_of(step):
+    return {"step": step, "trainable": {"theta": np.random.default_rng(step).normal(size=64)}}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A workdir with those of steps 10 and 20, where the data is at 1010 and 1020."""
+    workdir, batches = tmp_path_factory.mktemp("saved"), Batches()
+    with Checkpoints(workdir) as checkpoints:
+        for step in (10, 20):
+            batches.at = 1000 + step
+            checkpoints.save(state_of(step), batches)
+    return workdir
+
+
+def restore_damaged(whole, workdir, file, change):
+    """The step that is restored once a file of checkpoint 20 has been changed; all else must fit it."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    shutil.copytree(whole, workdir)
+    path, batches = workdir / "checkpoints" / "20" / file, Batches()
+    path.write_bytes(change(path.read_bytes()))
+    with Checkpoints(workdir) as checkpoints:
+        restored = checkpoints.restore(state_of(0), batches)
+    step = int(restored["step"])
+    assert batches.at == 1000 + step
+    np.testing.assert_array_equal(restored["trainable"]["theta"], state_of(step)["trainable"]["theta"])
+    assert (workdir / "checkpoints" / "20").exists() == (step == 20)
+    assert (workdir / "damaged-checkpoints").exists() == (step == 10)
+    return step
+
+
+def flip(at, bit):
+    return lambda content: content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("name", ["data", "seal"])
+def test_any_damage_to_the_position_or_the_seal_is_noticed(two_checkpoints, tmp_path, name):
+    file, draw = f"{name}/metadata", np.random.default_rng(0)
+    size = (two_checkpoints / "checkpoints" / "20" / file).stat().st_size
+    for at in range(0, size, 1 if name == "data" else 7):
+        assert restore_damaged(two_checkpoints, tmp_path, file, flip(at, draw.integers(8))) == 10, at
+        assert restore_damaged(two_checkpoints, tmp_path, file, lambda content: content[:at]) == 10, at
+
+
+def test_damage_to_any_file_of_a_checkpoint_is_noticed_or_does_nothing(two_checkpoints, tmp_path):
+    folder, draw, steps = two_checkpoints / "checkpoints" / "20", np.random.default_rng(0), set()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        file, size = path.relative_to(folder), path.stat().st_size
+        at = int(draw.integers(size))
+        steps.add(restore_damaged(two_checkpoints, tmp_path, file, flip(at, draw.integers(8))))
+        steps.add(restore_damaged(two_checkpoints, tmp_path, file, lambda content: content[:at]))
+    assert steps == {10, 20}  # Orbax writes some files that it never reads

@@ -1,0 +1,245 @@
+"""A training step against PyTorch's: the same encoder, weights, batch, number of threads and, of splitmix64, partition.
+
+  pip install torch transformers
+  python -m benchmarks.pytorch_step --model=minilm --d=23040 --batch=32 --length=128
+
+In each framework first the step with the adapted weights (query and value of each layer) simply given: forward, and backward
+to their gradients. Then GPart: W0 + P theta, the gradient of theta, AdamW. In PyTorch that is as in the authors' release, in
+a few lines of our own: theta * scale is indexed by the group of each weight, which is held (int64; "materialized" there) or
+made anew in the forward and in the backward pass ("stateless" there); and, held, by index_select, the fastest way that we
+know, which our rows are compared with. The authors' fork of PEFT itself is timed where it is installed. Nothing has dropout,
+no head is trained, PyTorch runs eagerly.
+
+The steps take turns, so that what else the machine does meets all of them; ratios are of the same turn. Each row's last loss
+shows that they compute the same. Needs no download.
+"""
+
+import copy
+import dataclasses
+import importlib
+import importlib.util
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from experiments.data import Task
+from experiments.logger import quiet
+from experiments.optimizer import make_optimizer
+from experiments.step import make_loss, make_train_step
+from experiments.text import INPUTS
+from gpart_jax import sharding
+from gpart_jax.interop import peft as interop
+from gpart_jax.methods import from_spec
+from gpart_jax.models import pretrained, published
+from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
+from gpart_jax.targets import replace_leaves, select
+from gpart_jax.uint64 import GAMMA
+
+SHAPES = {
+    "minilm": EncoderConfig(30_522, 384, 6, 12, 1536, 512),
+    "roberta-base": EncoderConfig.from_hf(published.CONFIGS["FacebookAI/roberta-base"]),
+}
+MODULES, TARGETS = ["query", "value"], r"attention/(query|value)/kernel$"
+SEED, LR, WEIGHT_DECAY = 42, 5e-3, 0.1
+GIVEN, HELD, SELECTED = "weights given", "GPart, ids held", "GPart, ids held, index_select"
+ANEW, PEFT = "GPart, ids made anew", "GPart, the authors' PEFT"
+Step = Callable[[], float]  # takes one step; returns its loss
+
+
+def torch_steps(directory: str, batch: dict, d: int) -> dict[str, Step]:
+    """PyTorch's, by name, of the model saved in a directory."""
+    import torch
+    from torch.func import functional_call
+    from torch.utils.checkpoint import checkpoint
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval().requires_grad_(False)
+    frozen = {name: x for name, x in model.named_parameters() if name.endswith(("query.weight", "value.weight"))}
+    inputs = {name: torch.from_numpy(x).long() for name, x in batch.items() if name != "label"}
+    inputs["labels"] = torch.from_numpy(batch["label"]).long()
+
+    def loss_of(weights):
+        return functional_call(model, weights, kwargs=inputs).loss
+
+    def signed(x):
+        return (x + 2**63) % 2**64 - 2**63
+
+    def group_ids(start, shape):  # splitmix64 in int64, whose products wrap around as those of uint64 do
+        v = torch.arange(start, start + shape.numel()) + signed(SEED + GAMMA)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            v = (v ^ (v >> shift & (1 << 64 - shift) - 1)) * signed(factor)
+        v = v ^ (v >> 31 & (1 << 33) - 1)
+        return ((v % d + (v < 0) * (2**64 % d)) % d).view(shape)
+
+    starts = dict(zip(frozen, np.cumsum([0, *(x.numel() for x in frozen.values())]).tolist()))
+    ids = {name: group_ids(starts[name], x.shape) for name, x in frozen.items()}
+    sizes = torch.bincount(torch.cat([x.flatten() for x in ids.values()]), minlength=d)
+    scale = sizes.clamp(min=1).rsqrt()
+
+    def trained(loss, theta):
+        optimizer = torch.optim.AdamW([theta], lr=LR, weight_decay=WEIGHT_DECAY)
+
+        def step():
+            optimizer.zero_grad()
+            value = loss(theta)
+            value.backward()
+            optimizer.step()
+            return value.item()
+
+        return step
+
+    def held(theta):
+        return loss_of({name: x + (theta * scale)[ids[name]] for name, x in frozen.items()})
+
+    def pick(theta, ids):
+        return (theta * scale).index_select(0, ids.flatten()).view(ids.shape)
+
+    def selected(theta):
+        return loss_of({name: x + pick(theta, ids[name]) for name, x in frozen.items()})
+
+    def anew(theta):
+        def delta(theta, name, shape):
+            return pick(theta, group_ids(starts[name], shape))
+
+        return loss_of(
+            {name: x + checkpoint(delta, theta, name, x.shape, use_reentrant=False) for name, x in frozen.items()}
+        )
+
+    given_weights = {name: x.clone().requires_grad_() for name, x in frozen.items()}
+
+    def given():
+        value = loss_of(given_weights)
+        torch.autograd.grad(value, list(given_weights.values()))
+        return value.item()
+
+    steps = {GIVEN: given}
+    for name, loss in ((HELD, held), (SELECTED, selected), (ANEW, anew)):
+        steps[name] = trained(loss, torch.zeros(d, requires_grad=True))
+    if importlib.util.find_spec("peft") and hasattr(peft := importlib.import_module("peft"), "GPartConfig"):
+        theirs = peft.get_peft_model(
+            copy.deepcopy(model), peft.GPartConfig(d=d, target_modules=MODULES, proj_seed=SEED)
+        ).eval()
+        (theta,) = (x for x in theirs.parameters() if x.requires_grad)
+        steps[PEFT] = trained(lambda _: theirs(**inputs).loss, theta)
+    else:
+        print("The authors' fork of PEFT is not installed (no peft.GPartConfig): its row is left out.")
+    return steps
+
+
+def jax_steps(model, params, batch: dict, d: int) -> dict[str, Step]:
+    """Ours, by name."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    shardings = sharding.param_shardings(params, mesh)
+    loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), INPUTS, None))
+    frozen, batch = sharding.place(params, shardings), sharding.replicate(batch, mesh)
+    given_weights = select(frozen, TARGETS)
+    gradient = jax.jit(
+        jax.value_and_grad(lambda weights, frozen, batch: loss(lambda p: replace_leaves(p, weights), frozen, batch))
+    )
+
+    def given():
+        value, _ = jax.block_until_ready(gradient(given_weights, frozen, batch))
+        return float(value)
+
+    def trained(scheme, targets):
+        method = from_spec(dict(name="gpart", d=d, seed=SEED, scheme=scheme, targets=targets))
+        optimizer = make_optimizer(1, lr=LR, head_lr=LR, weight_decay=WEIGHT_DECAY, schedule="constant", warmup=0)
+        train_step = make_train_step(loss, method, optimizer, shardings)
+        trainable = method.init(params, jax.random.key(0))
+        tables = sharding.replicate(method.tables(params), mesh)
+        state = sharding.replicate((trainable, optimizer.init(trainable)), mesh)
+        key = sharding.replicate(jax.random.key_data(jax.random.key(0)), mesh)
+
+        def step():
+            nonlocal state
+            *state, value = jax.block_until_ready(train_step(*state, frozen, batch, key, 0, tables))
+            return float(value)
+
+        return step
+
+    theirs = interop.layout(model, params, MODULES)  # numbers the weights as PyTorch's rows do
+    return {
+        GIVEN: given,
+        "GPart, balanced-v1": trained("balanced-v1", TARGETS),
+        "GPart, splitmix64": trained("splitmix64", theirs),
+    }
+
+
+def show(seconds: dict, losses: dict) -> str:
+    """A Markdown table of rows (framework, step), from each's seconds in the order of the turns."""
+
+    def over(row, base):
+        return f"{statistics.median(a / b for a, b in zip(seconds[row], seconds[base])):.2f}"
+
+    lines = ["| | step | seconds: median (least ... most) | over its given weights | over PyTorch's | last loss |",
+             "|---|---|---:|---:|---:|---:|"]  # fmt: skip
+    for row, turns in seconds.items():
+        framework, name = row
+        theirs = ("PyTorch", GIVEN if name == GIVEN else SELECTED)
+        shown = f"{statistics.median(turns):.3f} ({min(turns):.3f} ... {max(turns):.3f})"
+        against = over(row, theirs) if framework == "JAX" else ""
+        lines.append(
+            f"| {framework} | {name} | {shown} | {over(row, (framework, GIVEN))} | {against} | {losses[row]:.5f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(_):
+    quiet()
+    options = flags.FLAGS
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        sys.exit(f"This needs {' and '.join(missing)}, which nothing else here does: pip install torch transformers")
+    import torch
+    import transformers
+
+    cores = sorted(os.sched_getaffinity(0))
+    threads = min(options.threads or len(cores), len(cores))
+    os.sched_setaffinity(0, cores[:threads])  # before XLA counts them
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    config = dataclasses.replace(SHAPES[options.model], hidden_dropout=0.0, attention_dropout=0.0)
+    model, shape = EncoderClassifier(config, 2), (options.batch, options.length)
+    random = np.random.default_rng(0)
+    batch = {
+        "input_ids": random.integers(3, config.vocab_size, shape, np.int32),
+        "attention_mask": np.ones(shape, np.int32),
+        "label": random.integers(0, 2, options.batch, np.int32),
+    }
+    params = jax.jit(model.init)(jax.random.key(0), batch["input_ids"], batch["attention_mask"])["params"]
+    params = jax.tree.map(np.asarray, params)
+    with tempfile.TemporaryDirectory() as directory:
+        pretrained.save(directory, model, params)
+        theirs = torch_steps(directory, batch, options.d)
+    steps = {("PyTorch", name): step for name, step in theirs.items()}
+    steps |= {("JAX", name): step for name, step in jax_steps(model, params, batch, options.d).items()}
+    adapted = sum(x.size for x in select(params, TARGETS).values())
+    print(f"{options.model}, N = {adapted:,}, d = {options.d:,}, batch {options.batch} x {options.length}, float32, "
+          f"{threads} threads, PyTorch {torch.__version__}, JAX {jax.__version__}\n", flush=True)  # fmt: skip
+
+    seconds, losses = {row: [] for row in steps}, {}
+    for turn in range(2 + options.repeats):
+        for row, step in steps.items():
+            start = time.perf_counter()
+            losses[row] = step()
+            if turn >= 2:  # the first ones compile and warm up
+                seconds[row].append(time.perf_counter() - start)
+    print(show(seconds, losses))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("model", "minilm", list(SHAPES), "Whose shapes; the weights are random.")
+    flags.DEFINE_integer("d", 23_040, "Numbers of theta.", lower_bound=1)
+    flags.DEFINE_integer("batch", 32, "Texts of a batch.", lower_bound=1)
+    flags.DEFINE_integer("length", 128, "Tokens of every text.", lower_bound=2)
+    flags.DEFINE_integer("threads", None, "Of each framework; none: one for each core.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 15, "How many turns are timed.", lower_bound=1)
+    app.run(main)
