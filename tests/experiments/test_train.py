@@ -204,7 +204,7 @@ def test_a_run_may_go_on_with_another_mesh_and_number_of_devices(config, tmp_pat
 
 def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(config, tmp_path, caplog):
     config.train.epochs = 1
-    train(config, tmp_path)
+    train(config, tmp_path, jax.devices()[:1])
     expected, kept = (tmp_path / "adapter.safetensors").read_bytes(), logged(tmp_path)
 
     def damage(step, change):
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(config, t
 
     for change in (cut, one_byte):
         damage(160, change)
-        train(config, tmp_path)
+        train(config, tmp_path, jax.devices()[:1])
         assert "Checkpoint 160 is damaged" in caplog.text
         assert (tmp_path / "adapter.safetensors").read_bytes() == expected and logged(tmp_path) == kept
         caplog.clear()
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(config, t
         (tmp_path / "results.json").touch()
         damage(number, cut)
     with pytest.raises(ValueError, match=r"160 is damaged.*no other can be read. Move .*checkpoints away"):
-        train(config, tmp_path)
+        train(config, tmp_path, jax.devices()[:1])
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"150", "160"}
 
 
@@ -269,7 +269,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_lost(config, tmp
     config.train.log_every = 40  # later than the next checkpoint, which would hide the step from the run that goes on
     explode_at(monkeypatch, 65)
     with pytest.raises(FloatingPointError, match="is nan at step 65, batch 65 of epoch 1.*Lower config.optimizer.lr"):
-        train(config, tmp_path)
+        train(config, tmp_path, jax.devices()[:1])
     step, state = final_state(tmp_path)
     assert step == 60 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["trainable"]))
 
@@ -278,7 +278,7 @@ def test_a_loss_that_is_not_finite_may_be_passed_over(config, tmp_path, monkeypa
     config.train.epochs = 1
     config.train.nonfinite = "skip"
     explode_at(monkeypatch, 65, 66, 150)
-    results = train(config, tmp_path)
+    results = train(config, tmp_path, jax.devices()[:1])
     shown = capsys.readouterr().out
     assert "nan at step 65, batch 65 of epoch 1: passed over, as 2 of the last 10 steps were" in shown
     assert "nan at step 150" in shown and results["steps"] == STEPS // 2
