@@ -16,18 +16,14 @@ from scipy.optimize import isotonic_regression  # noqa: E402
 from scipy.special import softmax  # noqa: E402
 from scipy.stats import norm  # noqa: E402
 
+from experiments.report import UNITS, shown  # noqa: E402
+
 COLORS = {
     "gpart": "#0b6e4f", "uni_lora": "#2f6690", "fastfood": "#d98e04", "lora": "#c1666b", "vera": "#7b4b94",
     "bitfit": "#8a5a44", "head": "#7d8597", "full": "#3d405b", "base": "#999999",
 }  # fmt: skip
-UNITS = {"loss": " (nats a token)"}  # of metrics that aren't shares
 OVER_D = ("gpart", "uni_lora", "fastfood")  # methods with a free d
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of a method's variants
-
-
-def shown(metric: str, value: float) -> float:
-    """A metric's value as tables and pictures have it: in percent, but for those of UNITS."""
-    return value if metric in UNITS else 100 * value
 
 
 def pictures(model: str, rows: list, out: pathlib.Path) -> None:

@@ -15,11 +15,11 @@ import rich.console
 import rich.table
 from absl import app, flags
 
-from experiments import plots
 from experiments.checkpoint import flatten
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 SIZES = {"gpart": "d", "uni_lora": "d", "fastfood": "d", "lora": "rank", "vera": "rank"}  # what a method's size is
+UNITS = {"loss": " (nats a token)"}  # of metrics that aren't shares
 FREE = {  # what the runs of one cell may differ in
     "seed", "method.seed", "task.data_dir", "mesh.data", "mesh.fsdp", "mesh.tensor",
 }  # fmt: skip
@@ -55,6 +55,11 @@ def find_runs(workdir: pathlib.Path) -> list[Run]:
     if not runs:
         raise FileNotFoundError(f"There is no finished run (no results.json) in {workdir}. Train there first.")
     return runs
+
+
+def shown(metric: str, value: float) -> float:
+    """A metric's value as tables and pictures have it: in percent, but for those of UNITS."""
+    return value if metric in UNITS else 100 * value
 
 
 def label(method: dict, form: str = "{}, {} = {:,}") -> str:
@@ -169,7 +174,7 @@ def _tables(runs: list[Run]) -> tuple[dict[str, list[list[str]]], list[str]]:
     for model, found in by_model(runs).items():
         columns = sorted({column for row in found for column in row.cells})
         titles = [
-            (f"{task.removeprefix('glue/')}, {metric}{plots.UNITS.get(metric, ' (%)')}", "published")
+            (f"{task.removeprefix('glue/')}, {metric}{UNITS.get(metric, ' (%)')}", "published")
             for task, metric in columns
         ]
         lines = [["method", "trained numbers", "adapter bytes", *(title for pair in titles for title in pair)]]
@@ -219,7 +224,7 @@ def _cell(group: list[Run]) -> str:
     if not group:
         return ""
     metric, seeds = group[0].results["metric"], [str(run.results["seed"]) for run in group]
-    values, digits = [plots.shown(metric, run.results["test"]) for run in group], 3 if metric in plots.UNITS else 1
+    values, digits = [shown(metric, run.results["test"]) for run in group], 3 if metric in UNITS else 1
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return (
         f"{statistics.median(values):.{digits}f} "
@@ -258,6 +263,8 @@ def print_table(results: list[dict]) -> None:
 
 def write(runs: list[Run], out: pathlib.Path) -> None:
     """Writes table.md, table.tex, table.csv and the pictures of plots.pictures into a folder, made if need be."""
+    from experiments import plots  # here, because Matplotlib takes longer than the tables
+
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(markdown(runs))
     (out / "table.tex").write_text(latex(runs))

@@ -31,7 +31,6 @@ from experiments.checkpoint import EXIT_CODES, Checkpoints, Interrupt, claim_wor
 from experiments.config import check_config
 from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
-from experiments.plots import draw_mistakes
 from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_train_step
 from gpart_jax import load_adapter, save_adapter, sharding
@@ -208,6 +207,8 @@ def finish(config, workdir, experiment, best: dict, total_steps: int, score: Cal
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     more |= {"test_by_class": evaluate.by_class(task, task.test, logits)} if task.labels else {}
     if task.augment:
+        from experiments.plots import draw_mistakes  # here, because Matplotlib is a fifth of a run's start
+
         draw_mistakes(task, logits, workdir / "mistakes.png")
     results = {
         "method": config.method.name,

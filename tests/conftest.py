@@ -5,7 +5,10 @@ import os
 import shutil
 import tempfile
 
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 "  # most programs run once; a test's own processes are started without
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if (
     "JAX_COMPILATION_CACHE_DIR" not in os.environ

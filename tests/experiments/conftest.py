@@ -44,7 +44,7 @@ def tiny_roberta(tmp_path_factory):
 
 def save_model(directory, config):
     tokens, model = jnp.zeros((1, 1), jnp.int32), EncoderClassifier(config, 2)
-    pretrained.save(directory, model, model.init(jax.random.key(7), tokens, tokens)["params"])
+    pretrained.save(directory, model, jax.jit(model.init)(jax.random.key(7), tokens, tokens)["params"])
 
 
 @pytest.fixture(scope="session")

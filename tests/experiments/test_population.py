@@ -1,7 +1,6 @@
 """Runs trained together: equal to the same runs alone, on one device and on several, killed and continued."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from experiments.population import _share, train_population
 from experiments.train import train
 from gpart_jax import chain, gpart, head, lora
 from gpart_jax.models.encoder import Dropout
-from tests.experiments.test_train import last_step, logged
+from tests.experiments.test_train import environment, last_step, logged
 
 ROOT = pathlib.Path(__file__).parents[2]
 SEEDS, RATES = (1, 2, 3, 4), (5e-3, 1e-2, 5e-3, 1e-2)
@@ -98,7 +97,7 @@ train_population(configs, [pathlib.Path(sys.argv[1]) / str(n) for n in range(len
 def start(configs, workdir):
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, workdir], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env=os.environ | {"XLA_FLAGS": ""},
+        stderr=subprocess.STDOUT, text=True, env=environment(),
     )  # fmt: skip
     process.stdin.write(json.dumps([config.to_json() for config in configs]))
     process.stdin.close()

@@ -37,7 +37,7 @@ def tiny_llama(tmp_path_factory):
         intermediate_size=48, max_positions=512, norm_eps=1e-6, rope_theta=1e4, family="llama", tied=True,
     )  # fmt: skip
     model, tokens = Decoder(config), jnp.zeros((1, 2), jnp.int32)
-    pretrained_decoder.save(directory, model, model.init(jax.random.key(0), tokens, tokens)["params"])
+    pretrained_decoder.save(directory, model, jax.jit(model.init)(jax.random.key(0), tokens, tokens)["params"])
     return directory
 
 
@@ -53,7 +53,7 @@ def make_config(directory):
 
 def test_a_decoder_trains_and_what_it_saves_has_that_loss(tiny_llama, tmp_path):
     config = make_config(tiny_llama)
-    results = train(config, tmp_path / "run")
+    results = train(config, tmp_path / "run", jax.devices()[:2])
     assert (results["metric"], results["task"], results["trained_numbers"]) == ("loss", "problems", 512)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -71,7 +71,7 @@ def test_a_decoder_trains_and_what_it_saves_has_that_loss(tiny_llama, tmp_path):
     params = jax.jit(method.apply)(experiment.params, trainable)
     example = experiment.task.test[0]
     ids = jnp.array(example["input_ids"])[None]
-    logits = jax.nn.log_softmax(experiment.model.apply({"params": params}, ids, jnp.ones_like(ids)))[0]
+    logits = jax.nn.log_softmax(jax.jit(experiment.model.apply)({"params": params}, ids, jnp.ones_like(ids)))[0]
     mine = -np.mean([logits[n, ids[0, n + 1]] for n in range(ids.shape[1] - 1)])
     np.testing.assert_allclose(mine, rows[0]["loss"], rtol=1e-4)
     table = report.markdown(report.find_runs(tmp_path))

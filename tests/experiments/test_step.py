@@ -132,8 +132,8 @@ def test_a_language_model_trains_on_the_mean_over_the_tokens_of_the_whole_batch(
     ids = random.integers(0, 32, (4, 10), np.int32)
     loss_mask = (np.arange(10) < np.array([10, 3, 1, 7])[:, None]).astype(np.int32)
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "loss_mask": loss_mask}
-    params = model.init(jax.random.key(0), ids, ids)["params"]
-    logits = model.apply({"params": params}, ids, np.ones_like(ids))
+    params = jax.jit(model.init)(jax.random.key(0), ids, ids)["params"]
+    logits = jax.jit(model.apply)({"params": params}, ids, np.ones_like(ids))
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
     expected = losses[loss_mask[:, 1:] == 1].mean()
 

@@ -86,7 +86,7 @@ def test_the_centre_has_the_loss_of_what_was_learned(make_run, tmp_path):
         method, trainable = load_adapter(run.workdir / "adapter.safetensors", params)
 
         def loss(params):
-            logits = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"])
+            logits = jax.jit(model.apply)({"params": params}, batch["input_ids"], batch["attention_mask"])
             return -log_softmax(np.asarray(logits), axis=1)[np.arange(64), batch["label"]].mean()
 
         assert losses.shape == (3, 3)

@@ -17,9 +17,10 @@ from experiments import report, sweep, workers
 from experiments.config import check_config
 from experiments.progress import progress_of
 from gpart_jax.methods import from_spec
+from tests.experiments.test_train import environment
 
 ROOT = Path(__file__).parents[2]
-STEPS = 2 * 160
+STEPS = 160
 
 
 def runs(*sweeps, config=None, seeds=(42,)):
@@ -160,16 +161,15 @@ def test_workers_share_the_gpus(gpus, jobs, shares):
 def command(model, workdir, *more):
     return [
         sys.executable, "-m", "experiments.sweep", "--config=configs/quickstart.py", f"--workdir={workdir}",
-        f"--config.model.source={model}", "--config.task.max_length=8", "--config.train.epochs=2", "--config.train.log_every=10",
+        f"--config.model.source={model}", "--config.task.max_length=8", "--config.train.epochs=1", "--config.train.log_every=10",
         "--config.train.checkpoint_every=30", *more,
     ]  # fmt: skip
 
 
 def start(model, *args):
-    cache = {"JAX_COMPILATION_CACHE_DIR": f"{model}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
-        command(model, *args), cwd=ROOT, env=os.environ | cache | {"XLA_FLAGS": ""}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        command(model, *args), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
@@ -277,8 +277,9 @@ def test_seeds_are_swept_into_one_table(tiny_model, glue_dir, tmp_path):
             sys.executable, "-m", "experiments.sweep", "--config=configs/glue.py:sst2,base,head", f"--workdir={tmp_path}",
             "--seeds=5,6", f"--config.model.source={tiny_model}", f"--config.task.data_dir={glue_dir}",
             "--config.task.max_length=64", "--config.task.holdout=0.0", "--config.train.epochs=1",
+            "--config.model.dropout=0.0",
         ],
-        cwd=ROOT, env={name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"},
+        cwd=ROOT, env={name: value for name, value in environment().items() if name != "JAX_COMPILATION_CACHE_DIR"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert swept.returncode == 0, swept.stderr
@@ -307,7 +308,7 @@ def test_a_population_is_swept(tiny_model, tmp_path):
             f"--config.model.source={tiny_model}", "--config.method.d=64", "--config.task.max_length=8", "--config.train.epochs=1", "--seeds=2",
             "--config.train.batch_size=512", "--population=3", "--sweep", "method.init_bound=0.0,0.1",
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert swept.returncode == 0, swept.stderr
     found = report.find_runs(tmp_path)

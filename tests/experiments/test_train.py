@@ -35,20 +35,19 @@ def command(model, workdir, batch_size=32):
 
 def run(*args, **kwargs):
     return subprocess.run(
-        command(*args, **kwargs), cwd=ROOT, env=environment(args[0]), capture_output=True, text=True, timeout=300
+        command(*args, **kwargs), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
 
 
-def environment(model):
-    # What one process compiled serves the next: most of a short run is compilation.
-    cache = {"JAX_COMPILATION_CACHE_DIR": f"{model}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return os.environ | cache | {"XLA_FLAGS": ""}
+def environment():
+    """That of a process with one device. What one process compiled serves the next: else it is most of a short run."""
+    return os.environ | {"XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def signal_at(step, number, *args):
     """Starts a run and sends it a signal once it has logged `step`; returns its exit code and output."""
     process = subprocess.Popen(
-        command(*args), cwd=ROOT, env=environment(args[0]), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(*args), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     log = pathlib.Path(args[1]) / "metrics.jsonl"
     deadline = time.monotonic() + 240
@@ -68,10 +67,15 @@ def last_step(log):
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-def logged(workdir):
-    """Everything that a run logged, but for times."""
+def logged(workdir, stopped=()):
+    """Everything that a run logged, but for times, and the first mean after each step at which it `stopped`."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds_per_step"} for row in rows]
+    cut = [10 * (step // 10 + 1) for step in stopped]
+    return [
+        {name: value for name, value in row.items() if name != "seconds_per_step"}
+        for row in rows
+        if row["step"] not in cut
+    ]
 
 
 def final_state(workdir):
@@ -123,11 +127,27 @@ def test_the_adapter_on_disk_scores_as_reported(undisturbed, config):
     assert evaluate.score(experiment.task, experiment.task.test, logits) == results["test_scores"]
 
 
-@pytest.mark.parametrize("steps", [(1, 100, 250), (165, 320)])
-def test_killed_at_any_step_a_run_ends_with_the_same_theta(undisturbed, tiny_model, tmp_path, steps):
-    for step in steps:
-        code, output = signal_at(step, signal.SIGKILL, tiny_model, tmp_path)
-        assert code == -signal.SIGKILL, output
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [(1, signal.SIGKILL), (100, signal.SIGKILL), (250, signal.SIGKILL)],
+        [(45, signal.SIGTERM), (85, signal.SIGINT), (165, signal.SIGKILL), (320, signal.SIGKILL)],
+    ],
+)
+def test_ended_at_any_step_a_run_goes_on_to_the_same_theta(undisturbed, tiny_model, tmp_path, signals):
+    """Killed, it goes on after its last checkpoint; on SIGTERM and Ctrl-C it saves one first."""
+    stopped, expected = [], ""
+    for step, number in signals:
+        code, output = signal_at(step, number, tiny_model, tmp_path)
+        assert expected in output
+        expected = ""
+        if number == signal.SIGKILL:
+            assert code == -number, output
+        else:
+            assert code == 128 + number, output
+            stopped.append(final_state(tmp_path)[0])
+            assert stopped[-1] >= step and f"{number.name}: saved step {stopped[-1]}." in output
+            expected = f"goes on after step {stopped[-1]} of {STEPS}"
     finished = run(tiny_model, tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
@@ -135,18 +155,7 @@ def test_killed_at_any_step_a_run_ends_with_the_same_theta(undisturbed, tiny_mod
     expected_step, expected = final_state(undisturbed)
     assert step == expected_step == STEPS
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-    assert logged(tmp_path) == logged(undisturbed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_and_ctrl_c_save_first(undisturbed, tiny_model, tmp_path, number):
-    code, output = signal_at(45, number, tiny_model, tmp_path)
-    assert code == 128 + number and f"{number.name}: saved step" in output
-    step, _ = final_state(tmp_path)
-    assert step >= 45 and f"saved step {step}." in output
-    finished = run(tiny_model, tmp_path)
-    assert f"goes on after step {step} of {STEPS}" in finished.stdout
-    assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
+    assert logged(tmp_path, stopped) == logged(undisturbed, stopped)
 
 
 def test_a_finished_run_is_not_trained_again(undisturbed, tiny_model):
@@ -176,7 +185,7 @@ def test_a_workdir_in_which_nothing_was_saved_can_be_claimed_anew(config, tmp_pa
         train(config, tmp_path)
     config.method.d = 256
     config.train.epochs = 1
-    assert train(config, tmp_path)["steps"] == STEPS // 2
+    assert train(config, tmp_path, jax.devices()[:1])["steps"] == STEPS // 2
 
 
 def test_a_run_may_go_on_with_another_mesh_and_number_of_devices(config, tmp_path):
@@ -195,7 +204,7 @@ def test_a_run_may_go_on_with_another_mesh_and_number_of_devices(config, tmp_pat
 
 def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(config, tmp_path, caplog):
     config.train.epochs = 1
-    train(config, tmp_path)
+    train(config, tmp_path, jax.devices()[:1])
     expected, kept = (tmp_path / "adapter.safetensors").read_bytes(), logged(tmp_path)
 
     def damage(step, change):
@@ -212,7 +221,7 @@ def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(config, t
 
     for change in (cut, one_byte):
         damage(160, change)
-        train(config, tmp_path)
+        train(config, tmp_path, jax.devices()[:1])
         assert "Checkpoint 160 is damaged" in caplog.text
         assert (tmp_path / "adapter.safetensors").read_bytes() == expected and logged(tmp_path) == kept
         caplog.clear()
@@ -221,7 +230,7 @@ def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(config, t
         (tmp_path / "results.json").touch()
         damage(number, cut)
     with pytest.raises(ValueError, match=r"160 is damaged.*no other can be read. Move .*checkpoints away"):
-        train(config, tmp_path)
+        train(config, tmp_path, jax.devices()[:1])
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"150", "160"}
 
 
@@ -260,7 +269,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_lost(config, tmp
     config.train.log_every = 40  # later than the next checkpoint, which would hide the step from the run that goes on
     explode_at(monkeypatch, 65)
     with pytest.raises(FloatingPointError, match="is nan at step 65, batch 65 of epoch 1.*Lower config.optimizer.lr"):
-        train(config, tmp_path)
+        train(config, tmp_path, jax.devices()[:1])
     step, state = final_state(tmp_path)
     assert step == 60 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["trainable"]))
 
@@ -269,7 +278,7 @@ def test_a_loss_that_is_not_finite_may_be_passed_over(config, tmp_path, monkeypa
     config.train.epochs = 1
     config.train.nonfinite = "skip"
     explode_at(monkeypatch, 65, 66, 150)
-    results = train(config, tmp_path)
+    results = train(config, tmp_path, jax.devices()[:1])
     shown = capsys.readouterr().out
     assert "nan at step 65, batch 65 of epoch 1: passed over, as 2 of the last 10 steps were" in shown
     assert "nan at step 150" in shown and results["steps"] == STEPS // 2
@@ -280,7 +289,7 @@ def test_a_loss_that_is_not_finite_may_be_passed_over(config, tmp_path, monkeypa
 def test_a_disk_that_is_full_is_named_and_what_was_saved_stays(undisturbed, tiny_model, tmp_path):
     limited = ["bash", "-c", 'ulimit -f 3; exec "$@"', "-"]  # KiB that a file may have: the config, but no checkpoint
     done = subprocess.run(
-        limited + command(tiny_model, tmp_path), cwd=ROOT, env=environment(tiny_model),
+        limited + command(tiny_model, tmp_path), cwd=ROOT, env=environment(),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
@@ -299,14 +308,14 @@ def test_a_workdir_that_cannot_be_made_is_named(config, tmp_path):
 def test_a_step_that_never_ends_ends_the_process(tiny_model, tmp_path):
     code = (
         "import pathlib, sys, time, experiments.train as t; from configs import quickstart; c = quickstart.get_config();"
-        f"c.model.source = {str(tiny_model)!r}; c.method.d = 256; c.train.step_timeout = 8.0;"
+        f"c.model.source = {str(tiny_model)!r}; c.method.d = 256; c.train.step_timeout = 4.0; c.train.checkpoint_every = 20;"
         "save = t.Checkpoints.save; t.Checkpoints.save = lambda *a: (save(*a), time.sleep(1000));"
         f"t.train(c, pathlib.Path({str(tmp_path)!r}))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(tiny_model), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 1 and "Timeout (0:00:08)!" in done.stderr and "in _train" in done.stderr
+    assert done.returncode == 1 and "Timeout (0:00:04)!" in done.stderr and "in _train" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -346,7 +355,7 @@ def test_the_comparison_draws_its_table_and_its_picture(make_config, tmp_path, c
     for workdir in workdirs:
         config = make_config(workdir.name)
         config.train.epochs = 1
-        results.append(train(config, workdir))
+        results.append(train(config, workdir, jax.devices()[:1]))
     report.print_table(results)
     table = capsys.readouterr().out
     for row in results:

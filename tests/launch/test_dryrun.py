@@ -96,7 +96,7 @@ def test_a_step_on_images_is_described_too():
 
 
 def test_the_command_prints_what_a_step_costs(tiny_model):
-    options = "--devices=2", "--mesh=data:2", "--length=8", "--config.method.d=300"
+    options = "--devices=2", "--mesh=data:2", "--length=8", "--config.method.d=300", "--config.model.dropout=0.0"
     done = dry_run("--config=configs/glue.py:rte,base", f"--config.model.source={tiny_model}", *options)
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^  (\S.*?) {2,}(\S.*)$", done.stdout, re.MULTILINE))
