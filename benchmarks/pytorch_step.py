@@ -1,4 +1,4 @@
-"""A training step against PyTorch's: the same encoder, weights, batch, number of threads and, of splitmix64, partition.
+"""A training step against PyTorch's, on the CPU: the same encoder, weights, batch, threads and, of splitmix64, partition.
 
   pip install torch transformers
   python -m benchmarks.pytorch_step --model=minilm --d=23040 --batch=32 --length=128
@@ -30,7 +30,6 @@ import numpy as np
 from absl import app, flags
 
 from experiments.data import Task
-from experiments.logger import quiet
 from experiments.optimizer import make_optimizer
 from experiments.step import make_loss, make_train_step
 from experiments.text import INPUTS
@@ -192,10 +191,12 @@ def show(seconds: dict, losses: dict) -> str:
 
 
 def main(_):
-    quiet()
     options = flags.FLAGS
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         sys.exit(f"This needs {' and '.join(missing)}, which nothing else here does: pip install torch transformers")
+    # PyTorch's threads wait by spinning, and take ten times as long where another process wants a core too. Read as it loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    jax.config.update("jax_platforms", "cpu")
     import torch
     import transformers
 
