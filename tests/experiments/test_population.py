@@ -115,8 +115,13 @@ def test_killed_or_told_to_stop_a_population_goes_on(make_config, tmp_path):
             time.sleep(0.01)
         process.send_signal(number)
         assert process.wait() == code, process.stdout.read()
+    saved = tmp_path / "broken" / "1" / "checkpoints"  # one member's newest is damaged: all go on from the one before
+    before, newest = sorted(int(path.name) for path in saved.iterdir() if path.name.isdigit())
+    file = max((saved / str(newest) / "state").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:100])
     process = start(configs, tmp_path / "broken")
-    assert process.wait() == 0, process.stdout.read()
+    code, output = process.wait(), process.stdout.read()
+    assert code == 0 and f"goes on after step {before} of" in output, output
     for n in "01":
         one, other = ((tmp_path / name / n) for name in ("whole", "broken"))
         assert (one / "adapter.safetensors").read_bytes() == (other / "adapter.safetensors").read_bytes()
