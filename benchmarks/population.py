@@ -2,7 +2,8 @@
 
   python -m benchmarks.population --config=configs/quickstart.py --config.train.epochs=1 --members=5
 
-Both take in everything: loading, compiling, training, testing. Members differ in their seeds.
+Both take in everything: loading, compiling, training, testing. Members differ in their seeds. The population goes first, into
+a cold process.
 """
 
 import copy

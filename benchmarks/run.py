@@ -1,10 +1,11 @@
-"""All benchmarks, one after another, each in a process of its own; their tables, and all figures as one JSON file.
+"""The benchmarks, one after another, each in a process of its own; their tables, and all figures as one JSON file.
 
   python -m benchmarks.run                               # everything: over an hour on two cores
   python -m benchmarks.run --suite=transform,step        # some
   python -m benchmarks.run --quick                       # few sizes and repeats, to see that all work
 
-Each is a script of its own with options of its own: `python -m benchmarks.<suite> --help`.
+Each is a script of its own with options of its own: `python -m benchmarks.<suite> --help`. Left to be started alone are
+`images`, `glue_step` (a recipe's step), `pytorch_step` (needs PyTorch) and `endurance` (faults, no times).
 """
 
 import datetime
@@ -74,7 +75,7 @@ def main(_):
             code = subprocess.run(
                 [sys.executable, "-m", f"benchmarks.{suite}", *arguments, f"--json={file}"]
             ).returncode
-            if code:
+            if code or not file.exists():
                 failed.append(suite)
             else:
                 figures[suite] = json.loads(file.read_text())

@@ -5,7 +5,7 @@
 Random weights and tokens, float32, without dropout, AdamW. "Given" is a step in which query's and value's weights are
 inputs: it computes their gradient, returns it, and trains the head. So a method's ratio to it says what the method adds; head
 and full train other weights, and need not be above one. The steps take turns; ratios are of neighbours in time.
-Memory is the compiled program's: what it needs beside its arguments.
+Memory is the compiled program's: what it needs beside its arguments, new results included.
 """
 
 import functools
@@ -42,23 +42,21 @@ def main(_):
     keep_freed_memory()
     options = flags.FLAGS
     print(f"{options.rows} x {options.length} tokens; {jax.devices()[0].device_kind}\n")
-    columns = ("model", "step", "trained numbers", "seconds", "over the step with given weights", "temporaries, MB")
+    columns = ("model", "step", "trained numbers", "seconds", "over the step with given weights", "memory, MB")
     table, figures = Table(*columns), []
     for name in options.models:
         n, steps, facts = compiled_steps(name, options.rows, options.length)
         seconds = in_turn(steps, options.repeats, limit=options.repeats * 60.0)
-        for step, (trained, temporaries) in facts.items():
+        for step, (trained, memory) in facts.items():
             over = ratios(seconds[step], seconds["given"])
             middle = statistics.median(seconds[step])
-            table.add(
-                f"{name}, N = {n:,}", step, f"{trained:,}", f"{middle:.3f}", spread(over), f"{temporaries / 1e6:,.0f}"
-            )
-            figures.append({"model": name, "step": step, "temporaries": temporaries, "seconds": seconds[step]})
+            table.add(f"{name}, N = {n:,}", step, f"{trained:,}", f"{middle:.3f}", spread(over), f"{memory / 1e6:,.0f}")
+            figures.append({"model": name, "step": step, "memory": memory, "seconds": seconds[step]})
         save(table, figures=figures)
 
 
 def compiled_steps(name: str, rows: int, length: int):
-    """(N, {step: call}, {step: (trained numbers, bytes of temporaries)})."""
+    """(N, {step: call}, {step: (trained numbers, bytes)})."""
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = EncoderClassifier(EncoderConfig.from_hf(published.CONFIGS[MODELS[name]] | dropout), 2)
     random = np.random.default_rng(0)
@@ -87,13 +85,13 @@ def compiled_steps(name: str, rows: int, length: int):
     state = optimizer.init(heads)
     given = jax.jit(functools.partial(given_weights, loss, optimizer), donate_argnums=(0, 1))
     program = given.lower(heads, state, frozen, batch).compile()
-    facts["given"] = sum(x.size for x in heads.values()), program.memory_analysis().temp_size_in_bytes
+    facts["given"] = sum(x.size for x in heads.values()), needed(program)
     calls["given"] = stepping(program, *jax.tree.map(jnp.copy, (heads, state)), frozen, batch)
     for label, spec in METHODS.items():
         step, trainable, state, tables = start(spec)
         arguments = frozen, batch, key_data, 0, tables
         program = step.lower(trainable, state, *arguments).compile()
-        facts[label] = trained_numbers(trainable), program.memory_analysis().temp_size_in_bytes
+        facts[label] = trained_numbers(trainable), needed(program)
         calls[label] = stepping(program, trainable, state, *arguments)
     n = canonical_layout(frozen, ATTENTION).size
     return n, calls, facts
@@ -109,6 +107,12 @@ def given_weights(loss, optimizer, heads, state, frozen, batch):
     value_, (gradient, of_given) = jax.value_and_grad(value, (0, 1))(heads, select(frozen, ATTENTION))
     updates, state = optimizer.update(gradient, state, heads)
     return optax.apply_updates(heads, updates), state, value_, of_given
+
+
+def needed(program) -> int:
+    """Bytes beside the arguments."""
+    memory = program.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def stepping(program, trainable, state, *arguments):

@@ -122,9 +122,19 @@ class Checkpoints:
     def wait(self) -> None:
         self._manager.wait_until_finished()
 
-    def latest_step(self) -> int:
-        """The newest saved step; 0 where there is none."""
-        return self._manager.latest_step() or 0
+    def intact(self, state: dict) -> set[int]:
+        """The saved steps that can be read. Damaged checkpoints are moved away; raises as `restore` does if there is no other."""
+        good, damaged = set(), {}
+        for step in map(int, self._manager.all_steps()):
+            try:
+                self._read(step, state)
+                good.add(step)
+            except Exception as error:  # Orbax and TensorStore raise many kinds
+                damaged[step] = error
+        if damaged and not good:
+            self._refuse(damaged)
+        self._move_away(damaged)
+        return good
 
     def restore(self, state: dict, batches, step: int | None = None) -> dict:
         """The newest saved state that is intact, and `batches` set to its position; `state` itself where there is none.
@@ -149,9 +159,12 @@ class Checkpoints:
             self._move_away(damaged)
             batches.set_state(saved["data"])
             return saved["state"]
-        if not damaged:
-            return state
-        first = next(iter(damaged))
+        if damaged:
+            self._refuse(damaged)
+        return state
+
+    def _refuse(self, damaged: dict[int, Exception]):
+        first = max(damaged)
         raise ValueError(
             f"Checkpoint {self._directory / str(first)} is damaged, or another version of this code wrote it "
             f"({damaged[first]}), and no other can be read. Move {self._directory} away to start from step 0."

@@ -113,11 +113,11 @@ def _train(configs, workdirs, devices) -> None:
     with contextlib.ExitStack() as stack:
         checkpoints = [stack.enter_context(Checkpoints(workdir)) for workdir in workdirs]
         interrupt = stack.enter_context(Interrupt())
-        found = [saved.restore(state, own) for saved, state, own in zip(checkpoints, states, batches)]
-        step = min(int(state["step"]) for state in found)  # a kill may come between two saves, and one may be damaged
+        # A kill may come between two members' saves, and one may be damaged: the newest step that all have.
+        step = max(set.intersection(*(saved.intact(state) for saved, state in zip(checkpoints, states))), default=0)
         states = [
-            jax.tree.map(np.array, new if new["step"] == step else saved.restore(state, own, step))
-            for new, saved, state, own in zip(found, checkpoints, states, batches)
+            jax.tree.map(np.array, saved.restore(state, own, step))
+            for saved, state, own in zip(checkpoints, states, batches)
         ]
         loggers = [
             stack.enter_context(Logger(workdir, f"{count} x {config.method.name}", step, total_steps, show=not number))

@@ -1,9 +1,9 @@
 """gpart_transform: frozen params and theta to adapted params, W = W0 + P theta (GPart, arXiv 2605.14841).
 
-P theta is one gather and P^T g one segment sum. For balanced-v1 a dense leaf never looks at single elements: each chunk
-of d elements is a rotation of one of 8 tables of scaled theta, so both directions move contiguous runs (`_stream`). Any
-other leaf, and splitmix64, computes positions element by element (`slots`) and computes them again on the way back, so
-that nothing of N entries is kept from forward to backward.
+P theta is one gather and P^T g one segment sum. For balanced-v1, with d from 256 on, a dense leaf never looks at single
+elements: each chunk of d elements is a rotation of one of 8 tables of scaled theta, so both directions move contiguous runs
+(`_stream`). Any other leaf, and splitmix64, computes positions element by element (`slots`) and computes them again on the
+way back, so that nothing of N entries is kept from forward to backward. signed_magnitude alone holds N positions.
 """
 
 import dataclasses
@@ -24,7 +24,9 @@ from gpart_jax.sharding import over_tensor
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
 _PIECE = 2**20  # so many positions of elements are held at once
-_SHORTEST_RUN = 256  # the stream holds a few numbers of each of N / d chunks: from this d on, a few per cent of N
+_SHORTEST_RUN = (
+    256  # the stream holds a few numbers of each block and chunk in the program: from this d on, some per cent of N
+)
 
 
 def gpart_transform(
@@ -215,9 +217,8 @@ def _deltas_on_mesh_backward(region, leaves, axes, residuals, cotangents):
     def local(keys, cotangents, device, layer):
         if count > 1:  # what all devices hold counts once
             cotangents = [jnp.where(device[0] == 0, g, 0) if a is None else g for g, a in zip(cotangents, axes)]
-        return _contract_all(region, leaves, keys, cotangents, layer, _parts(leaves, layer, axes, device[0], count))[
-            None
-        ]
+        parts = _parts(leaves, layer, axes, device[0], count)
+        return _contract_all(region, leaves, keys, cotangents, layer, parts)[None]
 
     args = (keys, P()), (cotangents, _split_specs(axes, layer)), _devices(count), (layer, P())
     return None, over_tensor(local, out_specs=P("tensor"))(*args), None
@@ -284,35 +285,49 @@ def contract(region: Region, leaf: Leaf, key, cotangent, total, layer=None, part
 
 def _scatter(region: Region, leaf: Leaf, key, cotangent, layer, part: Part | None, total):
     """Adds a cotangent element by element, in pieces, so that no more positions than those of a piece are alive."""
-    if len(leaf.shape) == 1 and leaf.size > _PIECE and region.scheme in partitions.SCHEMES:  # as a matrix
-        ((n,), (step,)) = leaf.shape, leaf.strides
-        columns = next(k for k in range(2**12, 0, -1) if n % k == 0)
-        leaf = dataclasses.replace(leaf, shape=(n // columns, columns), strides=(step * columns, step))
-        cotangent = cotangent.reshape(leaf.shape)
-    shape = cotangent.shape
-    # Axes from this one on go whole.
-    axis = next(k for k in range(len(shape) + 1) if math.prod(shape[k:]) <= _PIECE)
-    lengths = [1] * axis
-    if axis:  # and as many rows of the axis before them as fit
-        most = _PIECE // math.prod(shape[axis:])
-        lengths[-1] = next(k for k in range(min(most, shape[axis - 1]), 0, -1) if shape[axis - 1] % k == 0)
-        if lengths[-1] < most / 64:  # a prime, or nearly one: at once
-            axis, lengths = 0, []
-    counts = [n // length for n, length in zip(shape, lengths)]
+    if (
+        cotangent.ndim == 1
+        and cotangent.size > _PIECE
+        and leaf.shape == cotangent.shape
+        and region.scheme in partitions.SCHEMES
+    ):
+        (n,), (step,) = leaf.shape, leaf.strides  # a long vector, as a matrix and what is left
+        columns = min(1024, _PIECE)
+        rows, rest = divmod(n, columns)
+        matrix = dataclasses.replace(leaf, shape=(rows, columns), strides=(columns * step, step))
+        total = _scatter(region, matrix, key, cotangent[: n - rest].reshape(rows, columns), layer, None, total)
+        last = dataclasses.replace(leaf, shape=(rest,), offset=leaf.offset + (n - rest) * step)
+        return _scatter(region, last, key, cotangent[n - rest :], layer, None, total)
 
-    def add(total, number):
-        starts = [x * length for x, length in zip(jnp.unravel_index(number, counts or (1,)), lengths)]
-        parts = {k: (k, start, length) for k, (start, length) in enumerate(zip(starts, lengths))}
+    shape = cotangent.shape
+    # Axes from this one on go whole, and of the one before as many rows as fit.
+    axis = next(k for k in range(len(shape) + 1) if math.prod(shape[k:]) <= _PIECE)
+
+    def add(total, starts, rows):
+        parts = {k: (k, start, 1) for k, start in enumerate(starts)}
+        if axis:
+            parts[axis - 1] = (axis - 1, starts[-1], rows)
         if part is not None:
             on, start, length = part
             parts[on] = (on, start + parts[on][1], parts[on][2]) if on in parts else part
         slots = partitions.slots(region, leaf, layer, list(parts.values()), key)
         values = jax.lax.dynamic_slice(cotangent, [*starts, *[0] * (len(shape) - axis)], slots.shape)
-        return total.at[slots.reshape(-1)].add(values.reshape(-1).astype(total.dtype)), None
+        return total.at[slots.reshape(-1)].add(values.reshape(-1))
 
     if not axis:
-        return add(total, 0)[0]
-    return jax.lax.scan(add, total, jnp.arange(math.prod(counts), dtype=jnp.int32))[0]
+        return add(total, [], None)
+    most = _PIECE // math.prod(shape[axis:])
+    whole, rest = divmod(shape[axis - 1], most)
+    for count, rows, first in ((whole, most, 0), (1, rest, whole * most)):
+        if count and rows:
+            pieces = (*shape[: axis - 1], count)
+
+            def step(total, number):
+                *before, piece = jnp.unravel_index(number, pieces)
+                return add(total, [*before, first + piece * rows], rows), None
+
+            total, _ = jax.lax.scan(step, total, jnp.arange(math.prod(pieces), dtype=jnp.int32))
+    return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -349,7 +364,7 @@ def _runs(region: Region, leaf: Leaf, layer) -> _Runs | None:
     pieces = [leaf] if leaf.is_dense and layer is None and leaf.size < 2**31 else leaf.layers()
     if not all(piece.is_dense and piece.size < 2**31 for piece in pieces):
         return None
-    columns = leaf.shape[-1] if leaf.shape else 1
+    columns = pieces[0].shape[-1] if pieces[0].shape else 1
     return _Runs(pieces[0].size, columns, np.array([piece.offset for piece in pieces], np.uint64))
 
 
@@ -413,7 +428,7 @@ def _stream_transpose(region: Region, runs: _Runs, key, cotangent, layer, total)
 
     def add(total, chunk, masked):
         run, at, start, low, high = chunk
-        row = jax.lax.dynamic_slice(cotangent, (run, start), (1, width))[0].astype(total.dtype)
+        row = jax.lax.dynamic_slice(cotangent, (run, start), (1, width))[0]
         if masked:
             where = jnp.arange(width, dtype=jnp.int32)
             row = jnp.where((where >= low) & (where < high), row, 0)

@@ -144,12 +144,12 @@ def test_a_kill_between_two_members_saves_leaves_the_earlier_step(tmp_path):
             batches.at = step
             checkpoints.save({"step": step, "theta": np.full(2, 1.0 * step)}, batches)
         checkpoints.wait()
-        assert checkpoints.latest_step() == 20
+        assert checkpoints.intact(state) == {10, 20}
         restored = checkpoints.restore(state, batches, 10)
         assert (int(restored["step"]), restored["theta"][0], batches.at) == (10, 10, 10)
         checkpoints.save({"step": 20, "theta": np.full(2, 7.0)}, batches)
         assert checkpoints.restore(state, batches)["theta"][0] == 7
-        assert checkpoints.restore(state, batches, 0) is state and checkpoints.latest_step() == 0
+        assert checkpoints.restore(state, batches, 0) is state and checkpoints.intact(state) == set()
 
 
 def test_members_that_cannot_share_a_program_are_refused(make_config, tmp_path):
