@@ -1,6 +1,6 @@
 """The benchmarks, one after another, each in a process of its own; their tables, and all figures as one JSON file.
 
-  python -m benchmarks.run                               # everything: over an hour on two cores
+  python -m benchmarks.run                               # everything: about half an hour on two cores
   python -m benchmarks.run --suite=transform,step        # some
   python -m benchmarks.run --quick                       # few sizes and repeats, to see that all work
 

@@ -386,7 +386,7 @@ def _stream(region: Region, runs: _Runs, key, table, layer):
 
         together = jax.vmap(block)
         if width % runs.columns:
-            # On CPU XLA would look for its block from each element; where blocks are long, a loop over them costs nothing.
+            # On CPU XLA would look for its block from each element; a loop is as fast for short blocks, and faster for long.
             apart = functools.partial(jax.lax.map, block)
             return jax.lax.platform_dependent((*at, d - r), cpu=apart, default=together).reshape(-1, count * width)
         return together((*at, d - r)).reshape(-1, count * width)
