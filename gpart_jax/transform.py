@@ -2,7 +2,7 @@
 
 P theta is one gather and P^T g one segment sum. For balanced-v1, with d from 256 on, a dense leaf never looks at single
 elements: each chunk of d elements is a rotation of one of 8 tables of scaled theta, so both directions move contiguous runs
-(`_stream`). Any other leaf, and splitmix64, computes positions element by element (`slots`) and computes them again on the
+(`stream.py`). Any other leaf, and splitmix64, computes positions element by element (`slots`) and computes them again on the
 way back, so that nothing of N entries is kept from forward to backward. signed_magnitude alone holds N positions.
 """
 
@@ -10,23 +10,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gpart_jax import partition as partitions
-from gpart_jax import uint64
+from gpart_jax import stream
 from gpart_jax.partition import Part, Partition, Region
 from gpart_jax.sharding import over_tensor
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
 _PIECE = 2**20  # so many positions of elements are held at once
-_SHORTEST_RUN = (
-    256  # the stream holds a few numbers of each block and chunk in the program: from this d on, some per cent of N
-)
 
 
 def gpart_transform(
@@ -259,11 +254,11 @@ def expand(region: Region, leaf: Leaf, key, table, layer=None, part: Part | None
       layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
       part: (axis, start, length): that slice alone, of the leaf or of its layer. The start may be traced.
     """
-    runs = _runs(region, leaf, layer)
+    runs = stream.runs_of(region, leaf, layer)
     if runs is None:
         return table.reshape(-1)[partitions.slots(region, leaf, layer, [part] if part else (), key)]
     shape = leaf.shape if layer is None else leaf.shape[1:]
-    delta = _stream(region, runs, key, table, layer).reshape(shape)
+    delta = stream.expand(region, runs, key, table, layer).reshape(shape)
     if part is None:
         return delta
     axis, start, length = part
@@ -273,14 +268,14 @@ def expand(region: Region, leaf: Leaf, key, table, layer=None, part: Part | None
 def contract(region: Region, leaf: Leaf, key, cotangent, total, layer=None, part: Part | None = None):
     """The transpose of `expand`: `total`, of the table's shape, with a cotangent of `expand`'s result added to it."""
     flat = total.reshape(-1)
-    runs = _runs(region, leaf, layer)
+    runs = stream.runs_of(region, leaf, layer)
     if runs is None:
         return _scatter(region, leaf, key, cotangent, layer, part, flat).reshape(total.shape)
     if part is not None:  # in its place among zeros: to stream those is cheaper than to look at elements
         axis, start, _ = part
         whole = jnp.zeros_like(cotangent, shape=leaf.shape if layer is None else leaf.shape[1:])
         cotangent = jax.lax.dynamic_update_slice_in_dim(whole, cotangent, start, axis)
-    return _stream_transpose(region, runs, key, cotangent, layer, flat).reshape(total.shape)
+    return stream.contract(region, runs, key, cotangent, layer, flat).reshape(total.shape)
 
 
 def _scatter(region: Region, leaf: Leaf, key, cotangent, layer, part: Part | None, total):
@@ -347,111 +342,3 @@ def _drop_leaf(x, rate, key, stacked, layer):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
         return jax.vmap(_drop, (0, None, 0))(x, rate, keys)
     return _drop(x, rate, key)
-
-
-class _Runs(NamedTuple):
-    """Equally long runs of consecutive indices."""
-
-    length: int  # elements in a run
-    columns: int  # of them, in a row
-    starts: np.ndarray  # uint64, index of each run's first element
-
-
-def _runs(region: Region, leaf: Leaf, layer) -> _Runs | None:
-    """The runs that a leaf or, for a layer, its layers are made of; None where elements must be looked at one by one."""
-    if region.scheme != "balanced-v1" or region.d < _SHORTEST_RUN or not leaf.size:
-        return None
-    pieces = [leaf] if leaf.is_dense and layer is None and leaf.size < 2**31 else leaf.layers()
-    if not all(piece.is_dense and piece.size < 2**31 for piece in pieces):
-        return None
-    columns = pieces[0].shape[-1] if pieces[0].shape else 1
-    return _Runs(pieces[0].size, columns, np.array([piece.offset for piece in pieces], np.uint64))
-
-
-def _stream(region: Region, runs: _Runs, key, table, layer):
-    """Runs of P theta, (runs, length), as blocks of at most d elements: of two chunks at most, so two slices of the table."""
-    d, flat = region.d, table.reshape(-1)
-
-    def blocks(start, width, count):  # (runs, count * width)
-        first = runs.starts[:, None] + np.uint64(start) + np.arange(count, dtype=np.uint64) * np.uint64(width)
-        chunk, r = np.divmod(first, np.uint64(d))
-        chunk, r = jax.tree.map(jnp.ravel, _of_layer(layer, (uint64.split(chunk), r.astype(np.int32))))
-        two = chunk, uint64.add(chunk, uint64.split(1))
-        at = [_in_table(region, partitions.chunks_in_program(region, key, one), r) for one in two]
-
-        def block(numbers):
-            *at, split = numbers
-            one, two = (jax.lax.dynamic_slice(flat, (start,), (width,)) for start in at)
-            return jnp.where(jnp.arange(width, dtype=jnp.int32) < split, one, two)
-
-        together = jax.vmap(block)
-        if width % runs.columns:
-            # On CPU XLA would look for its block from each element; a loop is as fast for short blocks, and faster for long.
-            apart = functools.partial(jax.lax.map, block)
-            return jax.lax.platform_dependent((*at, d - r), cpu=apart, default=together).reshape(-1, count * width)
-        return together((*at, d - r)).reshape(-1, count * width)
-
-    width = _block_width(runs, d)
-    count, rest = divmod(runs.length, width)
-    whole = blocks(0, width, count)
-    return jnp.concatenate([whole, blocks(count * width, rest, 1)], axis=1) if rest else whole
-
-
-def _block_width(runs: _Runs, d: int) -> int:
-    """The most elements up to d that are some whole rows, or a part of one, of a run; d where they are few."""
-    rows, columns = runs.length // runs.columns, runs.columns
-    if columns <= d:
-        width = columns * next(n for n in range(min(rows, d // columns), 0, -1) if rows % n == 0)
-    else:
-        width = next(n for n in range(d, 0, -1) if columns % n == 0)
-    widest = min(d, runs.length)
-    if 1 < columns < runs.length and width >= min(64, widest):
-        return width
-    return next((n for n in range(widest, widest // 2, -1) if runs.length % n == 0), widest)
-
-
-def _stream_transpose(region: Region, runs: _Runs, key, cotangent, layer, total):
-    """Adds a cotangent chunk by chunk to the slices of the table that they were read from. total: (16 d,)."""
-    d, length = region.d, runs.length
-    width = min(d, length)
-    cotangent = cotangent.reshape(-1, length)
-    first, skip = np.divmod(runs.starts[:, None], np.uint64(d))
-    chunks = np.arange(-(-(int(skip.max()) + length) // d))
-    # (runs, chunks): where in its run a chunk begins, which may be outside.
-    begins = chunks * d - skip.astype(np.int64)
-    starts = np.clip(begins, 0, length - width)  # of a window within the run that holds what the run has of the chunk
-    low, high = np.maximum(begins - starts, 0), np.minimum(np.minimum(begins + d, length) - starts, width)
-    inside = np.all((low == 0) & (high == width), axis=0)
-    shifts = (starts - begins) % d
-    numbers = uint64.split(first + chunks.astype(np.uint64))
-    per_run = _of_layer(layer, (numbers, *(x.astype(np.int32) for x in (shifts, starts, low, high))))
-
-    def add(total, chunk, masked):
-        run, at, start, low, high = chunk
-        row = jax.lax.dynamic_slice(cotangent, (run, start), (1, width))[0]
-        if masked:
-            where = jnp.arange(width, dtype=jnp.int32)
-            row = jnp.where((where >= low) & (where < high), row, 0)
-        row += jax.lax.dynamic_slice(total, (at,), (width,))
-        return jax.lax.dynamic_update_slice(total, row, (at,)), None
-
-    for masked in (False, True):  # all but the edges go without a mask, in two thirds of the time
-        chosen = np.flatnonzero(inside != masked)
-        if chosen.size:
-            numbers, shifts, *others = jax.tree.map(lambda x: x[:, chosen], per_run)
-            at = _in_table(region, partitions.chunks_in_program(region, key, numbers), shifts)
-            run = np.broadcast_to(np.arange(len(shifts), dtype=np.int32)[:, None], shifts.shape)
-            windows = [jnp.asarray(x).reshape(-1) for x in (run, at, *others)]
-            total, _ = jax.lax.scan(functools.partial(add, masked=masked), total, windows)
-    return total
-
-
-def _of_layer(layer, per_run):
-    """The row of one layer, or all rows, of arrays with a row for each run."""
-    return per_run if layer is None else jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer), per_run)
-
-
-def _in_table(region, chunk, r):
-    """Where in the flattened table the element r of a chunk (table, rotation) is, and those after it in the chunk."""
-    table, rotation = chunk
-    return table * (2 * region.d) + (rotation + r) % region.d

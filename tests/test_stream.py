@@ -1,0 +1,142 @@
+"""The lowering of P^T that GPUs take, on CPU: held to the laws that test_transform.py holds the other to."""
+
+from unittest import mock
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpart_jax import canonical_layout, gpart_transform, make_partition, stream
+from gpart_jax.transform import bind
+from tests.test_transform import (
+    DRAW_ONLY,
+    VARYING,
+    assert_close,
+    check_definition,
+    data_parallel,
+    normal,
+    normal_theta,
+    reference,
+)
+
+D = 300
+
+
+def as_on_gpu():
+    """Programs traced inside take the branches of `platform_dependent` that a GPU takes."""
+
+    def chosen(*args, cuda=None, default=None, **others):
+        return (cuda or default)(*args)
+
+    return mock.patch.object(jax.lax, "platform_dependent", chosen)
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    with as_on_gpu(), mock.patch.object(stream, "_add_at_once", mock.Mock(wraps=stream._add_at_once)) as called:
+        yield called
+
+
+@settings(max_examples=8, phases=DRAW_ONLY)
+@given(st.integers(256, 700), st.integers(0, 2**64 - 1), st.lists(st.integers(1, 400), max_size=2))
+def test_any_runs(d, seed, rows):
+    """Leaves that begin and end anywhere in a chunk; the last always has more than 8."""
+    stream._add_at_once.reset_mock()
+    check_definition([jnp.zeros((n, 23)) for n in [*rows, 300]], d, seed, "balanced-v1")
+    assert stream._add_at_once.called
+
+
+def test_stacked_and_transposed_leaves(on_gpu):
+    layers = {"k": jnp.zeros((5, 12, 170)), "s": jnp.zeros(5), "v": jnp.zeros((5, 90, 11))}
+    check_definition({"a": jnp.zeros(7), "layers": layers}, D, 7, "balanced-v1", stacked="^layers", transposed="k")
+    assert on_gpu.called
+
+
+def test_runs_shorter_than_d(on_gpu):
+    check_definition({"layers": [jnp.zeros((9, 40)), jnp.zeros((9, 50))]}, D, 7, "balanced-v1", stacked="^layers")
+    assert on_gpu.called
+
+
+@pytest.mark.parametrize("piece", [1, 9 * D, 10 * D])
+def test_in_pieces_or_at_once_is_the_same(piece):
+    """30 chunks: pieces of 8, which leave a rest, of 9 and of 10."""
+    cotangent = normal(jnp.zeros((30, D)))
+
+    def gradient(theta):
+        return jax.vjp(lambda theta: gpart_transform([jnp.zeros((30, D))], theta, 3), theta)[1]([cotangent])[0]
+
+    whole = jax.jit(gradient)(normal_theta(D))
+    with mock.patch.object(stream, "_PIECE", piece):
+        assert "scan" in str(jax.make_jaxpr(lambda theta: gradient(theta))(normal_theta(D)))
+        pieces = jax.jit(lambda theta: gradient(theta))(normal_theta(D))
+    assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_by_layer(on_gpu):
+    """A scan over layers, whose number is traced, and the stacked leaf as a whole."""
+    params = {"layers": {"w": normal(jnp.zeros((4, 60, 50)))}}
+    partition = make_partition(canonical_layout(params, stacked="^layers"), D, 5)
+
+    def whole(theta):
+        return jnp.sum(jnp.sin(bind(partition, theta)(params)["layers"]["w"]))
+
+    def by_layer(theta):
+        adapt = bind(partition, theta)
+
+        def layer(total, index_and_params):
+            index, params = index_and_params
+            return total + jnp.sum(jnp.sin(adapt({"layers": params}, layer=index)["layers"]["w"])), None
+
+        return jax.lax.scan(layer, 0.0, (jnp.arange(4), params["layers"]))[0]
+
+    theta = normal_theta(D)
+    assert_close(jax.jit(jax.grad(by_layer))(theta), jax.jit(jax.grad(whole))(theta), rtol=1e-4, atol=1e-5)
+    assert on_gpu.call_count == 2
+
+
+@VARYING
+def test_data_parallel_gradient(varying, on_gpu):
+    params, theta, x = normal([jnp.zeros((60, 50))]), normal_theta(D), normal(jnp.zeros((16, 60)), seed=5)
+
+    def loss(theta, x):
+        return jnp.mean(jnp.sin(x @ gpart_transform(params, theta, 3)[0]) ** 2)
+
+    assert_close(data_parallel(loss, varying)(theta, x), jax.jit(jax.grad(loss))(theta, x), rtol=1e-4, atol=1e-7)
+    assert on_gpu.called
+
+
+def test_vmap_over_theta(on_gpu):
+    params, thetas = normal([jnp.zeros((60, 50))]), jnp.stack([normal_theta(D, seed) for seed in range(3)])
+    gradient = jax.grad(lambda theta: jnp.sum(gpart_transform(params, theta, 3)[0] ** 3))
+    together = jax.jit(jax.vmap(gradient))(thetas)
+    assert_close(together, jnp.stack([jax.jit(gradient)(theta) for theta in thetas]), rtol=1e-5)
+    assert on_gpu.called
+
+
+def test_second_derivative(on_gpu):
+    """d^2/dtheta^2 of sum(W^3) is P^T diag(6 W) P."""
+    partition = make_partition(canonical_layout([jnp.zeros((60, 50))]), D, 2)
+    params, theta = [jnp.full((60, 50), 2.0)], normal_theta(D)
+    gradient = jax.grad(lambda theta: jnp.sum(gpart_transform(params, theta, 2)[0] ** 3))
+    group, scale = reference(partition)["0"]
+    weights = 6 * (2 + np.asarray(theta)[group] * scale) * scale**2
+    expected = np.diag(np.bincount(group.reshape(-1), weights.reshape(-1)))
+    np.testing.assert_allclose(jax.jit(jax.jacrev(gradient))(theta), expected, rtol=1e-4, atol=1e-5)
+    assert on_gpu.called
+
+
+@pytest.mark.parametrize("platform, loops", [("cuda", 0), ("rocm", 0), ("cpu", 2), ("tpu", 2)])
+def test_a_gpu_has_no_loop_over_chunks(platform, loops):
+    """In the program that is made for each platform: one loop for whole chunks and one for the edges, or none."""
+    with mock.patch.object(jax.lax, "platform_dependent", PLATFORM_DEPENDENT):
+        params, theta = [jnp.zeros((59, 50))], normal_theta(D)
+        pull = jax.jit(lambda g: jax.vjp(lambda theta: gpart_transform(params, theta, 3), theta)[1](g))
+        exported = jax.export.export(pull, platforms=[platform])(params)
+    assert str(exported.mlir_module()).count("stablehlo.while") == loops
+
+
+PLATFORM_DEPENDENT = jax.lax.platform_dependent
