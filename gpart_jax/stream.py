@@ -1,7 +1,9 @@
 """P theta and its transpose over runs of consecutive indices, for balanced-v1: no element is looked at by itself.
 
 A chunk, d consecutive indices, is a rotation of one of 8 tables of scaled theta. With each table twice in a row, (8, 2 d), a
-rotation is a slice, so both directions move contiguous blocks.
+rotation is a slice, so both directions move contiguous blocks. What a backend does well differs: a CPU adds chunk after chunk in
+place (`_add_in_turn`); for a GPU that is thousands of kernels, so it turns all chunks of a leaf at once and multiplies
+(`_add_as_rows`); a TPU loops over any slices that differ from row to row, so for a short theta it turns rows bit by bit.
 """
 
 import functools
@@ -17,7 +19,8 @@ from gpart_jax.partition import Region
 from gpart_jax.targets import Leaf
 
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
-_PIECE = 2**24  # elements that are turned at once
+_PIECE = 2**25  # so many elements, or 8 chunks, are turned at once
+_LONGEST_TURN = 2**14  # the d from which on a TPU does better chunk by chunk, by XLA's own estimate for a v5e
 
 
 class Runs(NamedTuple):
@@ -40,7 +43,17 @@ def runs_of(region: Region, leaf: Leaf, layer) -> Runs | None:
 
 
 def expand(region: Region, runs: Runs, key, table, layer):
-    """Runs of P theta, (runs, length), as blocks of at most d elements: of two chunks at most, so two slices of the table."""
+    """Runs of P theta, (runs, length)."""
+    in_blocks = functools.partial(_blocks, region, runs)
+    if not _few_passes(region, runs, layer):
+        return in_blocks(key, table, layer)
+    return jax.lax.platform_dependent(
+        key, table, layer, tpu=functools.partial(_from_rows, region, runs), default=in_blocks
+    )
+
+
+def _blocks(region, runs, key, table, layer):
+    """Blocks of at most d elements: of two chunks at most, so two slices of the table."""
     d, flat = region.d, table.reshape(-1)
 
     def blocks(start, width, count):  # (runs, count * width)
@@ -83,44 +96,35 @@ def _block_width(runs: Runs, d: int) -> int:
 
 def contract(region: Region, runs: Runs, key, cotangent, layer, total):
     """Adds a cotangent to the slices of the tables that it was read from. total: (16 d,)."""
-    d, length = region.d, runs.length
-    cotangent = cotangent.reshape(-1, length)
-    first, skip = np.divmod(runs.starts[:, None], np.uint64(d))
-    chunks = np.arange(-(-(int(skip.max()) + length) // d))
-    begins = chunks * d - skip.astype(np.int64)  # (runs, chunks): where in its run a chunk begins, which may be outside
-    inside = np.all((begins >= 0) & (begins + d <= length), axis=0)
-
-    # A window of each run holds what the run has of a chunk: `low` to `high` of it.
-    width = min(d, length)
-    starts = np.clip(begins, 0, length - width)
-    low, high = np.maximum(begins - starts, 0), np.minimum(np.minimum(begins + d, length) - starts, width)
-    numbers, *windows = _of_layer(
-        layer,
-        (
-            uint64.split(first + chunks.astype(np.uint64)),
-            *(x.astype(np.int32) for x in ((starts - begins) % d, starts, low, high)),
-        ),
+    cotangent = cotangent.reshape(-1, runs.length)
+    in_turn = functools.partial(_add_in_turn, region, runs)
+    if _chunks_of(region, runs) * len(cotangent) < partitions.TABLES:
+        return in_turn(key, cotangent, layer, total)
+    on_gpu, on_tpu = (functools.partial(_add_as_rows, turn, region, runs) for turn in (_turn, _turn_by_bits))
+    if not _few_passes(region, runs, layer):
+        on_tpu = in_turn
+    return jax.lax.platform_dependent(
+        key, cotangent, layer, total, cuda=on_gpu, rocm=on_gpu, tpu=on_tpu, default=in_turn
     )
-    shift, start, low, high = windows
-    table, rotation = partitions.chunks_in_program(region, key, numbers)
-    rotation = (rotation + shift) % d
-    run = np.arange(len(start), dtype=np.int32)[:, None]
-    windows = [jnp.broadcast_to(x, table.shape) for x in (run, start, low, high, table, rotation)]
-
-    in_turn = functools.partial(_add_in_turn, width, inside)
-    if table.size < partitions.TABLES:
-        return in_turn(cotangent, total, *windows)
-    # A GPU starts two kernels for each turn: tens of thousands for a small d.
-    at_once = functools.partial(_add_at_once, width)
-    return jax.lax.platform_dependent(cotangent, total, *windows, cuda=at_once, rocm=at_once, default=in_turn)
 
 
-def _add_in_turn(width, inside, cotangent, total, run, start, low, high, table, rotation):
-    """Window after window, to its table's slice, in place. `inside`: of which columns the windows are whole chunks."""
-    d = len(total) // (2 * partitions.TABLES)
+def _add_in_turn(region, runs, key, cotangent, layer, total):
+    """Chunk after chunk, in place."""
+    d, length = region.d, runs.length
+    first, skip = np.divmod(runs.starts[:, None], np.uint64(d))
+    chunks = np.arange(_chunks_of(region, runs))
+    # (runs, chunks): where in its run a chunk begins, which may be outside.
+    begins = chunks * d - skip.astype(np.int64)
+    width = min(d, length)
+    starts = np.clip(begins, 0, length - width)  # of a window within the run that holds what the run has of the chunk
+    low, high = np.maximum(begins - starts, 0), np.minimum(np.minimum(begins + d, length) - starts, width)
+    inside = np.all((low == 0) & (high == width), axis=0)
+    shifts = (starts - begins) % d
+    numbers = uint64.split(first + chunks.astype(np.uint64))
+    per_run = _of_layer(layer, (numbers, *(x.astype(np.int32) for x in (shifts, starts, low, high))))
 
-    def add(total, window, masked):
-        run, start, low, high, at = window
+    def add(total, chunk, masked):
+        run, at, start, low, high = chunk
         row = jax.lax.dynamic_slice(cotangent, (run, start), (1, width))[0]
         if masked:
             where = jnp.arange(width, dtype=jnp.int32)
@@ -128,41 +132,103 @@ def _add_in_turn(width, inside, cotangent, total, run, start, low, high, table, 
         row += jax.lax.dynamic_slice(total, (at,), (width,))
         return jax.lax.dynamic_update_slice(total, row, (at,)), None
 
-    at = table * (2 * d) + rotation
     for masked in (False, True):  # all but the edges go without a mask, in two thirds of the time
         chosen = np.flatnonzero(inside != masked)
         if chosen.size:
-            windows = [x[:, chosen].reshape(-1) for x in (run, start, low, high, at)]
+            numbers, shifts, *others = jax.tree.map(lambda x: x[:, chosen], per_run)
+            at = _in_table(region, partitions.chunks_in_program(region, key, numbers), shifts)
+            run = np.broadcast_to(np.arange(len(shifts), dtype=np.int32)[:, None], shifts.shape)
+            windows = [jnp.asarray(x).reshape(-1) for x in (run, at, *others)]
             total, _ = jax.lax.scan(functools.partial(add, masked=masked), total, windows)
     return total
 
 
-def _add_at_once(width, cotangent, total, run, start, low, high, table, rotation):
-    """All windows as rows, each turned to its table's order, and a product with the (8, rows) matrix that tells whose they are."""
-    d = len(total) // (2 * partitions.TABLES)
+def _chunks_of(region, runs) -> int:
+    """How many chunks a run has a part of, at most."""
+    return -(-(int((runs.starts % np.uint64(region.d)).max()) + runs.length) // region.d)
+
+
+def _groups(region, runs, key, layer):
+    """Each run's chunks in groups: (groups,) the run, and where in it the group begins; (groups, chunks) table, rotation."""
+    d, count = region.d, _chunks_of(region, runs)
+    size = min(count, max(partitions.TABLES, _PIECE // d))
+    groups = -(-count // size)
+    first, skip = np.divmod(runs.starts[:, None], np.uint64(d))
+    numbers = uint64.split(first + np.arange(groups * size, dtype=np.uint64))
+    begins = np.arange(groups) * (size * d) - skip.astype(np.int64)
+    numbers, begins = _of_layer(layer, (numbers, begins.astype(np.int32)))
+    run = np.broadcast_to(np.arange(len(begins), dtype=np.int32)[:, None], begins.shape)
+    table, rotation = partitions.chunks_in_program(region, key, numbers)
+    return run.reshape(-1), begins.reshape(-1), table.reshape(-1, size), rotation.reshape(-1, size)
+
+
+def _add_as_rows(turn, region, runs, key, cotangent, layer, total):
+    """Chunks as rows, turned to their tables' order, and a product with the (8, rows) matrix that tells whose they are."""
+    d, length = region.d, runs.length
+    run, begin, table, rotation = _groups(region, runs, key, layer)
+    size = table.shape[1] * d
     # Leaf after leaf: else XLA may hold the rows of all leaves.
-    start, total = jax.lax.optimization_barrier((start, total))
+    rotation, total = jax.lax.optimization_barrier((rotation, total))
 
-    def row(run, start, low, high, rotation):
-        row = jax.lax.dynamic_slice(cotangent, (run, start), (1, width))[0]
-        where = jnp.arange(width, dtype=jnp.int32)
-        row = jnp.pad(jnp.where((where >= low) & (where < high), row, 0), (0, d - width))
-        return jax.lax.dynamic_slice(jnp.concatenate([row, row]), (d - rotation,), (d,))
+    def cut(run, begin):  # (size,): what the run has from `begin` on, which may be outside; else 0
+        width = min(size, length)
+        start = jnp.clip(begin, 0, length - width)
+        window = jax.lax.dynamic_slice(cotangent, (run, start), (1, width))[0]
+        return jax.lax.dynamic_slice(jnp.pad(window, (size, size)), (size + begin - start,), (size,))
 
-    def add(sums, windows):
-        *windows, table = windows
-        whose = (jnp.arange(partitions.TABLES)[:, None] == table).astype(sums.dtype)
-        return sums + jnp.dot(whose, jax.vmap(row)(*windows), precision=jax.lax.Precision.HIGHEST), None
+    def add(sums, groups):
+        run, begin, table, rotation = groups
+        rows = turn(jax.vmap(cut)(run, begin).reshape(-1, d), rotation.reshape(-1))
+        whose = (jnp.arange(partitions.TABLES)[:, None] == table.reshape(-1)).astype(sums.dtype)
+        return sums + jnp.dot(whose, rows, precision=jax.lax.Precision.HIGHEST), None
 
-    windows = [x.reshape(-1) for x in (run, start, low, high, rotation, table)]
     sums = jnp.zeros_like(total, shape=(partitions.TABLES, d))
-    most = max(partitions.TABLES, _PIECE // d)
-    pieces, rest = divmod(len(windows[0]), most)
-    if pieces:
-        sums, _ = jax.lax.scan(add, sums, [x[: pieces * most].reshape(pieces, most) for x in windows])
+    together = max(1, _PIECE // size)
+    whole, rest = divmod(len(begin), together)
+    groups = run, begin, table, rotation
+    if whole:
+        pieces = [x[: whole * together].reshape(whole, together, *x.shape[1:]) for x in groups]
+        sums, _ = jax.lax.scan(add, sums, pieces)
     if rest:
-        sums, _ = add(sums, [x[pieces * most :] for x in windows])
+        sums, _ = add(sums, [x[whole * together :] for x in groups])
     return total + jnp.pad(sums, ((0, 0), (0, d))).reshape(-1)
+
+
+def _from_rows(region, runs, key, table, layer):
+    """Chunks as rows of their tables, each turned."""
+    d = region.d
+    skip = _of_layer(layer, (runs.starts % np.uint64(d)).astype(np.int32))
+    _, _, tables, rotation = _groups(region, runs, key, layer)
+
+    def group(one):
+        tables, rotation = one
+        return _turn_by_bits(table[:, :d][tables], -rotation % d)
+
+    groups = jax.lax.map(group, (tables, rotation)) if len(tables) > 1 else group((tables[0], rotation[0]))
+    rows = groups.reshape(len(skip), -1)
+    return jax.vmap(lambda row, skip: jax.lax.dynamic_slice(row, (skip,), (runs.length,)))(rows, skip)
+
+
+def _few_passes(region, runs, layer) -> bool:
+    """Whether the log2 d passes of `_turn_by_bits` over all elements are less than a turn for each chunk."""
+    many = _chunks_of(region, runs) * (len(runs.starts) if layer is None else 1) >= partitions.TABLES
+    return many and region.d <= _LONGEST_TURN
+
+
+def _turn(rows, rotation):
+    """Element r of a row to (r + rotation) mod d, by a slice of the row twice."""
+
+    def one(row, rotation):
+        return jax.lax.dynamic_slice(jnp.concatenate([row, row]), (len(row) - rotation,), (len(row),))
+
+    return jax.vmap(one)(rows, rotation)
+
+
+def _turn_by_bits(rows, rotation):
+    """The same, by shifts that are the same for all rows."""
+    for bit in range((rows.shape[1] - 1).bit_length()):
+        rows = jnp.where((rotation >> bit & 1)[:, None] == 1, jnp.roll(rows, 1 << bit, axis=1), rows)
+    return rows
 
 
 def _of_layer(layer, per_run):
