@@ -5,7 +5,8 @@
   python -m benchmarks.run --quick                       # few sizes and repeats, to see that all work
 
 Each is a script of its own with options of its own: `python -m benchmarks.<suite> --help`. Left to be started alone are
-`images`, `glue_step` (a recipe's step), `pytorch_step` (needs PyTorch) and `endurance` (faults, no times).
+`images`, `glue_step` (a recipe's step), `pytorch_step` (needs PyTorch), `accelerators` (needs plugins for GPU and TPU, which
+need not be here) and `endurance` (faults, no times).
 """
 
 import datetime

@@ -202,7 +202,11 @@ def _from_rows(region, runs, key, table, layer):
 
     def group(one):
         tables, rotation = one
-        return _turn_by_bits(table[:, :d][tables], -rotation % d)
+        rows = list(table[:, :d])
+        for bit in range(len(rows).bit_length() - 1):  # `table[tables]` by three choices, not by a gather
+            odd = (tables >> bit & 1 == 1)[:, None]
+            rows = [jnp.where(odd, second, first) for first, second in zip(rows[::2], rows[1::2])]
+        return _turn_by_bits(rows[0], -rotation % d)
 
     groups = jax.lax.map(group, (tables, rotation)) if len(tables) > 1 else group((tables[0], rotation[0]))
     rows = groups.reshape(len(skip), -1)

@@ -256,7 +256,8 @@ def expand(region: Region, leaf: Leaf, key, table, layer=None, part: Part | None
     """
     runs = stream.runs_of(region, leaf, layer)
     if runs is None:
-        return table.reshape(-1)[partitions.slots(region, leaf, layer, [part] if part else (), key)]
+        slots = partitions.slots(region, leaf, layer, [part] if part else (), key)
+        return table.reshape(-1).at[slots].get(mode="promise_in_bounds", wrap_negative_indices=False)
     shape = leaf.shape if layer is None else leaf.shape[1:]
     delta = stream.expand(region, runs, key, table, layer).reshape(shape)
     if part is None:
@@ -307,7 +308,8 @@ def _scatter(region: Region, leaf: Leaf, key, cotangent, layer, part: Part | Non
             parts[on] = (on, start + parts[on][1], parts[on][2]) if on in parts else part
         slots = partitions.slots(region, leaf, layer, list(parts.values()), key)
         values = jax.lax.dynamic_slice(cotangent, [*starts, *[0] * (len(shape) - axis)], slots.shape)
-        return total.at[slots.reshape(-1)].add(values.reshape(-1))
+        at = total.at[slots.reshape(-1)]
+        return at.add(values.reshape(-1), mode="promise_in_bounds", wrap_negative_indices=False)
 
     if not axis:
         return add(total, [], None)

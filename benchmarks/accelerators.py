@@ -1,0 +1,142 @@
+"""What an H200 and a TPU v5e would run, read from programs compiled for them; neither need be here.
+
+  pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 libtpu  # of the versions that fit your jax
+  python -m benchmarks.accelerators
+  python -m benchmarks.accelerators --steps=roberta-base --ds=512,23040  # whole training steps, too: a minute each
+
+Of P theta added to 24 matrices of 768 x 768, of its transpose, and of a plain copy and sum of the same. For a GPU: kernels
+started, those in loops as often as the loop turns; for a TPU: XLA's own estimate of its cycles, likewise. No time is measured
+here, and memory is what the program needs beside arguments and results.
+"""
+
+import itertools
+import math
+import os
+import re
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # nobody is to look for the devices themselves
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import app, flags  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from benchmarks.measure import Table, save  # noqa: E402
+from configs import glue  # noqa: E402
+from gpart_jax import canonical_layout, gpart_transform, make_partition, sharding  # noqa: E402
+from gpart_jax.partition import SCHEMES  # noqa: E402
+from launch.dryrun import describe, tpu_devices  # noqa: E402
+
+STEPS = {"roberta-base": "sst2,base", "roberta-large": "sst2,large", "minilm": "sst2,minilm"}
+H200 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536  registers_per_core_limit: 65536
+  device_memory_size: 151397597184  memory_bandwidth: 4800000000000  l2_cache_size: 52428800
+}
+"""
+KERNEL = re.compile(r" (?:fusion|custom-call|copy|sort|scatter|dot|convolution)\(")
+
+
+def device(name: str):
+    if name == "v5e":
+        return tpu_devices("v5e", 4)[0]
+    return topologies.get_topology_desc("h200", "cuda", target_config=H200, topology="1x1x1").devices[0]
+
+
+def executed(text: str) -> list[tuple[str, int]]:
+    """The instructions of a compiled program outside of fusions, and how often each is executed."""
+    computations, name = {}, None
+    for line in text.splitlines():
+        if match := re.match(r"(?:(ENTRY) )?%?([\w.\-]+) \(.*\{$", line):
+            name = match[1] or match[2]
+            computations[name] = []
+        elif name and line.startswith("  "):
+            computations[name].append(line)
+
+    def bound(condition) -> int:  # the constant that a loop's counter is compared with
+        lines = computations[condition]
+        lines = lines + [line for one in lines for called in re.findall(r"calls=%?([\w.\-]+)", one)
+                         for line in computations[called]]  # fmt: skip
+        (turns,) = {int(n) for line in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)}
+        return turns
+
+    def inside(name, times):
+        for line in computations[name]:
+            if match := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                yield from inside(match[2], times * (int(known[1]) if known else bound(match[1])))
+            else:
+                yield line, times
+
+    return list(inside("ENTRY", 1))
+
+
+def figures(function, *arguments) -> dict:
+    """Of a compiled function: kernels, XLA's estimate of cycles (a TPU's alone), temporary bytes, longest integer array."""
+    program = function.lower(*arguments).compile()
+    kernels = cycles = integers = 0
+    for line, times in executed(program.as_text()):
+        kernels += times * bool(KERNEL.search(line))
+        cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)))
+        shapes = re.findall(r"\b[su]\d+\[([\d,]+)\]", line)
+        integers = max([integers, *(math.prod(map(int, shape.split(","))) for shape in shapes)])
+    memory = program.memory_analysis().temp_size_in_bytes
+    return {"kernels": kernels, "cycles": cycles, "temporary": memory, "integers": integers}
+
+
+def main(_):
+    options, rows = flags.FLAGS, []
+    columns = "kernels", "estimated cycles, millions", "temporary, MB", "longest integer array"
+    table = Table("device", "program", "d", *columns)
+
+    def add(name, program, d, found):
+        kernels, cycles = (f"{found['kernels']:,}", "") if name == "h200" else ("", f"{found['cycles'] / 1e6:,.2f}")
+        memory, integers = f"{found['temporary'] / 1e6:,.1f}", f"{found['integers']:,}"
+        table.add(name, program, f"{d:,}" if d else "", kernels, cycles, memory, integers)
+        rows.append({"device": name, "program": program, "d": d} | found)
+        save(table, figures=rows)
+
+    for name in options.devices:
+        chip = device(name)
+        on_chip = jax.sharding.SingleDeviceSharding(chip)
+
+        def shapes(tree, where=on_chip):
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+        params = shapes([np.zeros((768, 768), np.float32)] * 24)
+        add(name, "copy", None, figures(jax.jit(lambda params: [leaf + 1 for leaf in params]), params))
+        add(name, "sum", None, figures(jax.jit(lambda params: sum(map(jnp.sum, params))), params))
+        for scheme, d in itertools.product(options.schemes, map(int, options.ds)):
+            theta = shapes(np.zeros(d, np.float32))
+            partition = shapes(make_partition(canonical_layout(params), d, 42, scheme=scheme))
+
+            def pull_back(partition, theta, params):
+                return jax.vjp(lambda theta: gpart_transform(params, theta, partition), theta)[1](params)
+
+            forward = jax.jit(lambda partition, theta, params: gpart_transform(params, theta, partition))
+            add(name, f"{scheme}, forward", d, figures(forward, partition, theta, params))
+            add(name, f"{scheme}, VJP", d, figures(jax.jit(pull_back), partition, theta, params))
+        for model in options.steps:
+            for method, d in [("head", None), ("lora", None), *(("gpart", int(d)) for d in options.ds)]:
+                config = glue.get_config(f"{STEPS[model]},{method}")
+                if d:
+                    config.method.d = d
+                step = describe(config, sharding.make_mesh(devices=[chip]), 128)
+                add(name, f"{model}'s step, {method}", d, figures(step.function, *step.arguments))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("devices", ["h200", "v5e"], "Some of h200, v5e.")
+    flags.DEFINE_list("ds", [512, 4096, 23_040, 524_288], "Lengths of theta.")
+    flags.DEFINE_list("schemes", list(SCHEMES), "Some of these.")
+    flags.DEFINE_list("steps", [], f"Training steps with 128 tokens a text: {', '.join(STEPS)}.")
+    app.run(main)
