@@ -28,6 +28,7 @@ from gpart_jax import canonical_layout, gpart_transform, make_partition, shardin
 from gpart_jax.partition import SCHEMES  # noqa: E402
 from launch.dryrun import describe, tpu_devices  # noqa: E402
 
+DEVICES = ("h200", "v5e")
 STEPS = {"roberta-base": "sst2,base", "roberta-large": "sst2,large", "minilm": "sst2,minilm"}
 H200 = """
 platform_name: "CUDA"
@@ -47,9 +48,14 @@ KERNEL = re.compile(r" (?:fusion|custom-call|copy|sort|scatter|dot|convolution)\
 
 
 def device(name: str):
-    if name == "v5e":
-        return tpu_devices("v5e", 4)[0]
-    return topologies.get_topology_desc("h200", "cuda", target_config=H200, topology="1x1x1").devices[0]
+    try:
+        if name == "v5e":
+            return tpu_devices("v5e", 4)[0]
+        return topologies.get_topology_desc("h200", "cuda", target_config=H200, topology="1x1x1").devices[0]
+    except (NotImplementedError, RuntimeError) as error:
+        raise app.UsageError(
+            f"No compiler for {name} ({error}). Install its plugin (see --help), or leave it out."
+        ) from error
 
 
 def executed(text: str) -> list[tuple[str, int]]:
@@ -95,6 +101,9 @@ def figures(function, *arguments) -> dict:
 
 def main(_):
     options, rows = flags.FLAGS, []
+    for flag, known in (("devices", DEVICES), ("schemes", SCHEMES), ("steps", STEPS)):
+        if unknown := set(options[flag].value) - set(known):
+            raise app.UsageError(f"--{flag}: {sorted(unknown)[0]!r} is none of {', '.join(known)}.")
     columns = "kernels", "estimated cycles, millions", "temporary, MB", "longest integer array"
     table = Table("device", "program", "d", *columns)
 
@@ -135,7 +144,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("devices", ["h200", "v5e"], "Some of h200, v5e.")
+    flags.DEFINE_list("devices", list(DEVICES), "Some of these.")
     flags.DEFINE_list("ds", [512, 4096, 23_040, 524_288], "Lengths of theta.")
     flags.DEFINE_list("schemes", list(SCHEMES), "Some of these.")
     flags.DEFINE_list("steps", [], f"Training steps with 128 tokens a text: {', '.join(STEPS)}.")

@@ -45,7 +45,7 @@ def runs_of(region: Region, leaf: Leaf, layer) -> Runs | None:
 def expand(region: Region, runs: Runs, key, table, layer):
     """Runs of P theta, (runs, length)."""
     in_blocks = functools.partial(_blocks, region, runs)
-    if not _few_passes(region, runs, layer):
+    if region.d > _LONGEST_TURN or not _many_chunks(region, runs, layer):
         return in_blocks(key, table, layer)
     return jax.lax.platform_dependent(
         key, table, layer, tpu=functools.partial(_from_rows, region, runs), default=in_blocks
@@ -98,10 +98,10 @@ def contract(region: Region, runs: Runs, key, cotangent, layer, total):
     """Adds a cotangent to the slices of the tables that it was read from. total: (16 d,)."""
     cotangent = cotangent.reshape(-1, runs.length)
     in_turn = functools.partial(_add_in_turn, region, runs)
-    if _chunks_of(region, runs) * len(cotangent) < partitions.TABLES:
+    if not _many_chunks(region, runs, layer):
         return in_turn(key, cotangent, layer, total)
     on_gpu, on_tpu = (functools.partial(_add_as_rows, turn, region, runs) for turn in (_turn, _turn_by_bits))
-    if not _few_passes(region, runs, layer):
+    if region.d > _LONGEST_TURN:
         on_tpu = in_turn
     return jax.lax.platform_dependent(
         key, cotangent, layer, total, cuda=on_gpu, rocm=on_gpu, tpu=on_tpu, default=in_turn
@@ -146,6 +146,11 @@ def _add_in_turn(region, runs, key, cotangent, layer, total):
 def _chunks_of(region, runs) -> int:
     """How many chunks a run has a part of, at most."""
     return -(-(int((runs.starts % np.uint64(region.d)).max()) + runs.length) // region.d)
+
+
+def _many_chunks(region, runs, layer) -> bool:
+    """Whether it is worth while to turn them all at once."""
+    return _chunks_of(region, runs) * (len(runs.starts) if layer is None else 1) >= partitions.TABLES
 
 
 def _groups(region, runs, key, layer):
@@ -211,12 +216,6 @@ def _from_rows(region, runs, key, table, layer):
     groups = jax.lax.map(group, (tables, rotation)) if len(tables) > 1 else group((tables[0], rotation[0]))
     rows = groups.reshape(len(skip), -1)
     return jax.vmap(lambda row, skip: jax.lax.dynamic_slice(row, (skip,), (runs.length,)))(rows, skip)
-
-
-def _few_passes(region, runs, layer) -> bool:
-    """Whether the log2 d passes of `_turn_by_bits` over all elements are less than a turn for each chunk."""
-    many = _chunks_of(region, runs) * (len(runs.starts) if layer is None else 1) >= partitions.TABLES
-    return many and region.d <= _LONGEST_TURN
 
 
 def _turn(rows, rotation):
