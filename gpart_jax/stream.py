@@ -7,6 +7,7 @@ place (`_add_in_turn`); for a GPU that is thousands of kernels, so it turns all 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from gpart_jax.partition import Region
 from gpart_jax.targets import Leaf
 
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
+_SHORTEST_WINDOW = 256  # likewise
 _PIECE = 2**25  # so many elements, or 8 chunks, are turned at once
 _LONGEST_TURN = 2**14  # the d from which on a TPU does better chunk by chunk, by XLA's own estimate for a v5e
 
@@ -57,9 +59,7 @@ def _blocks(region, runs, key, table, layer):
     d, flat = region.d, table.reshape(-1)
 
     def blocks(start, width, count):  # (runs, count * width)
-        first = runs.starts[:, None] + np.uint64(start) + np.arange(count, dtype=np.uint64) * np.uint64(width)
-        chunk, r = np.divmod(first, np.uint64(d))
-        chunk, r = jax.tree.map(jnp.ravel, _of_layer(layer, (uint64.split(chunk), r.astype(np.int32))))
+        chunk, r = jax.tree.map(jnp.ravel, _in_chunks(region, runs, layer, start, width, count))
         two = chunk, uint64.add(chunk, uint64.split(1))
         at = [_in_table(region, partitions.chunks_in_program(region, key, one), r) for one in two]
 
@@ -94,18 +94,55 @@ def _block_width(runs: Runs, d: int) -> int:
     return next((n for n in range(widest, widest // 2, -1) if runs.length % n == 0), widest)
 
 
-def contract(region: Region, runs: Runs, key, cotangent, layer, total):
-    """Adds a cotangent to the slices of the tables that it was read from. total: (16 d,)."""
-    cotangent = cotangent.reshape(-1, runs.length)
-    in_turn = functools.partial(_add_in_turn, region, runs)
-    if not _many_chunks(region, runs, layer):
-        return in_turn(key, cotangent, layer, total)
-    on_gpu, on_tpu = (functools.partial(_add_as_rows, turn, region, runs) for turn in (_turn, _turn_by_bits))
+def contract(region: Region, every: Sequence[Runs], key, cotangents, layer):
+    """Leaves' cotangents, each added to the slices of the tables that it was read from: (16 d,)."""
+    cotangents = [cotangent.reshape(-1, runs.length) for runs, cotangent in zip(every, cotangents)]
+
+    def leaf_after_leaf(add, key, cotangents, layer):
+        total = jnp.zeros_like(cotangents[0], shape=2 * partitions.TABLES * region.d)
+        for runs, cotangent in zip(every, cotangents):
+            add_one = add if _many_chunks(region, runs, layer) else _add_in_turn
+            total = add_one(region, runs, key, cotangent, layer, total)
+        return total
+
+    on_cpu = functools.partial(_on_cpu, region, every)
+    in_turn = functools.partial(leaf_after_leaf, _add_in_turn)
+    on_gpu, on_tpu = (
+        functools.partial(leaf_after_leaf, functools.partial(_add_as_rows, turn)) for turn in (_turn, _turn_by_bits)
+    )
     if region.d > _LONGEST_TURN:
         on_tpu = in_turn
     return jax.lax.platform_dependent(
-        key, cotangent, layer, total, cuda=on_gpu, rocm=on_gpu, tpu=on_tpu, default=in_turn
+        key, cotangents, layer, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, tpu=on_tpu, default=in_turn
     )
+
+
+def _on_cpu(region, every, key, cotangents, layer):
+    """A leaf in windows that no chunk ends in, all of them in one scatter; where those would be short, chunk after chunk."""
+    d = region.d
+    widths = [int(np.gcd.reduce([*runs.starts, np.uint64(d), np.uint64(runs.length)])) for runs in every]
+    windowed = [(runs, width) for runs, width in zip(every, widths) if width >= _SHORTEST_WINDOW]
+    if windowed:
+        begins = [_in_chunks(region, runs, layer, 0, width, runs.length // width) for runs, width in windowed]
+        chunk, r = jax.tree.map(lambda *of_leaves: jnp.concatenate([x.reshape(-1) for x in of_leaves]), *begins)
+        places = _in_table(region, partitions.chunks_in_program(region, key, chunk), r)
+        places = iter(jnp.split(places, np.cumsum([r.size for _, r in begins])[:-1]))
+
+    # A scatter and a loop take one core each: two sums, where they are small beside the leaves, can be had at once.
+    total = jnp.zeros_like(cotangents[0], shape=2 * partitions.TABLES * d)
+    totals = [total] * (2 if sum(cotangent.size for cotangent in cotangents) >= 256 * d else 1)
+    for n, (runs, width, cotangent) in enumerate(zip(every, widths, cotangents)):
+        which = n * len(totals) // len(every)
+        if width >= _SHORTEST_WINDOW:
+            totals[which] = _add_windows(totals[which], next(places), cotangent.reshape(-1, width))
+        else:
+            totals[which] = _add_in_turn(region, runs, key, cotangent, layer, totals[which])
+    return sum(totals[1:], totals[0])
+
+
+def _add_windows(total, at, windows):
+    dimensions = jax.lax.ScatterDimensionNumbers((1,), (), (0,))
+    return jax.lax.scatter_add(total, at[:, None], windows, dimensions, mode="promise_in_bounds")
 
 
 def _add_in_turn(region, runs, key, cotangent, layer, total):
@@ -232,6 +269,13 @@ def _turn_by_bits(rows, rotation):
     for bit in range((rows.shape[1] - 1).bit_length()):
         rows = jnp.where((rotation >> bit & 1)[:, None] == 1, jnp.roll(rows, 1 << bit, axis=1), rows)
     return rows
+
+
+def _in_chunks(region, runs, layer, start, width, count):
+    """(runs, count) pieces of runs, from their element `start` on: the chunk that each begins in, and where in it."""
+    first = runs.starts[:, None] + np.uint64(start) + np.arange(count, dtype=np.uint64) * np.uint64(width)
+    chunk, r = np.divmod(first, np.uint64(region.d))
+    return _of_layer(layer, (uint64.split(chunk), r.astype(np.int32)))
 
 
 def _of_layer(layer, per_run):

@@ -9,7 +9,7 @@ way back, so that nothing of N entries is kept from forward to backward. signed_
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from gpart_jax.sharding import over_tensor
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
 _PIECE = 2**20  # so many positions of elements are held at once
+_PERMUTATION = dict(unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def gpart_transform(
@@ -153,13 +154,26 @@ def bind(
     return adapt
 
 
+@jax.custom_vjp
 def _table(scaled, rho):
     """The 8 permutations of scaled theta, each twice in a row: (8, 2 d). Scaled theta itself, (1, d), where there are none."""
     if not len(rho):
         return scaled[None]
-    # Row by row, so that the transposed scatters have unique indices: the sum is reproducible, and fast.
-    table = jnp.stack([scaled.at[order].get(unique_indices=True, mode="promise_in_bounds") for order in rho])
+    table = jnp.stack([scaled.at[order].get(**_PERMUTATION) for order in rho])
     return jnp.concatenate([table, table], axis=1)  # a rotation of a row is a slice
+
+
+def _table_backward(rho, cotangent):
+    if not len(rho):
+        return cotangent[0], None
+    rows = cotangent[:, : rho.shape[1]] + cotangent[:, rho.shape[1] :]
+    total = jnp.zeros_like(rows[0])
+    for order, row in zip(rho, rows):  # in turn, each with unique indices: the sum is reproducible, and fast
+        total = total.at[order].add(row, **_PERMUTATION)
+    return total, None
+
+
+_table.defvjp(lambda scaled, rho: (_table(scaled, rho), rho), _table_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -174,19 +188,10 @@ def _deltas_forward(region, leaves, keys, table, layer):
 
 def _deltas_backward(region, leaves, residuals, cotangents):
     keys, layer = residuals
-    return None, _contract_all(region, leaves, keys, cotangents, layer, [None] * len(leaves)), None
+    return None, contract(region, leaves, keys, cotangents, layer), None
 
 
 _deltas.defvjp(_deltas_forward, _deltas_backward)
-
-
-def _contract_all(region, leaves, keys, cotangents, layer, parts):
-    """One table's cotangent from all leaves: the last comes first, as in the model's own backward pass."""
-    shape = (partitions.TABLES, 2 * region.d) if region.scheme == "balanced-v1" else (1, region.d)
-    total = jnp.zeros_like(cotangents[0], shape=shape)  # varies over the mesh as they do
-    for leaf, key, cotangent, part in reversed(list(zip(leaves, keys, cotangents, parts))):
-        total = contract(region, leaf, key, cotangent, total, layer, part)
-    return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -213,7 +218,7 @@ def _deltas_on_mesh_backward(region, leaves, axes, residuals, cotangents):
         if count > 1:  # what all devices hold counts once
             cotangents = [jnp.where(device[0] == 0, g, 0) if a is None else g for g, a in zip(cotangents, axes)]
         parts = _parts(leaves, layer, axes, device[0], count)
-        return _contract_all(region, leaves, keys, cotangents, layer, parts)[None]
+        return contract(region, leaves, keys, cotangents, layer, parts)[None]
 
     args = (keys, P()), (cotangents, _split_specs(axes, layer)), _devices(count), (layer, P())
     return None, over_tensor(local, out_specs=P("tensor"))(*args), None
@@ -266,17 +271,28 @@ def expand(region: Region, leaf: Leaf, key, table, layer=None, part: Part | None
     return jax.lax.dynamic_slice_in_dim(delta, start, length, axis)
 
 
-def contract(region: Region, leaf: Leaf, key, cotangent, total, layer=None, part: Part | None = None):
-    """The transpose of `expand`: `total`, of the table's shape, with a cotangent of `expand`'s result added to it."""
-    flat = total.reshape(-1)
-    runs = stream.runs_of(region, leaf, layer)
-    if runs is None:
-        return _scatter(region, leaf, key, cotangent, layer, part, flat).reshape(total.shape)
-    if part is not None:  # in its place among zeros: to stream those is cheaper than to look at elements
-        axis, start, _ = part
-        whole = jnp.zeros_like(cotangent, shape=leaf.shape if layer is None else leaf.shape[1:])
-        cotangent = jax.lax.dynamic_update_slice_in_dim(whole, cotangent, start, axis)
-    return stream.contract(region, runs, key, cotangent, layer, flat).reshape(total.shape)
+def contract(region: Region, leaves: Sequence[Leaf], keys, cotangents, layer=None, parts: Sequence[Part | None] = ()):
+    """The transpose of `expand`: one table's cotangent, from those of several leaves' entries."""
+    shape = (partitions.TABLES, 2 * region.d) if region.scheme == "balanced-v1" else (1, region.d)
+    total, streamed = None, []
+    # The last comes first, as in the model's own backward pass.
+    for leaf, key, cotangent, part in reversed(list(zip(leaves, keys, cotangents, parts or [None] * len(leaves)))):
+        runs = stream.runs_of(region, leaf, layer)
+        if runs is None:
+            if total is None:
+                total = jnp.zeros_like(cotangent, shape=math.prod(shape))  # varies over the mesh as it does
+            total = _scatter(region, leaf, key, cotangent, layer, part, total)
+            continue
+        if part is not None:  # in its place among zeros: to stream those is cheaper than to look at elements
+            axis, start, _ = part
+            whole = jnp.zeros_like(cotangent, shape=leaf.shape if layer is None else leaf.shape[1:])
+            cotangent = jax.lax.dynamic_update_slice_in_dim(whole, cotangent, start, axis)
+        streamed.append((runs, cotangent))
+    if streamed:
+        every, cotangents = zip(*streamed)
+        sums = stream.contract(region, every, keys[0], cotangents, layer)
+        total = sums if total is None else total + sums
+    return total.reshape(shape)
 
 
 def _scatter(region: Region, leaf: Leaf, key, cotangent, layer, part: Part | None, total):

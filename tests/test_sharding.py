@@ -217,7 +217,6 @@ def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, s
     )
     table = jnp.concatenate([table, table], axis=1) if scheme == "balanced-v1" else table
     layer, axis, index = int(random.integers(layers)), int(random.integers(2)), int(random.integers(2))
-    zero = jnp.zeros_like(table)
     leaves = [view.leaf for view in region.views]
     cotangents, placed = [], []  # the same, among zeros; small integers, so that sums are exact
     for leaf in leaves:
@@ -235,7 +234,7 @@ def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, s
             results.append((
                 expand(region, leaf, key, table), expand(region, leaf, key, table, layer),
                 expand(region, leaf, key, table, layer, part),
-                contract(region, leaf, key, among_zeros, zero), contract(region, leaf, key, cotangent, zero, layer, part),
+                contract(region, [leaf], [key], [among_zeros]), contract(region, [leaf], [key], [cotangent], layer, [part]),
             ))  # fmt: skip
         return results
 

@@ -1,4 +1,4 @@
-"""The lowerings that GPUs and TPUs take, on CPU: held to the laws that test_transform.py holds the CPU's to."""
+"""Each platform's lowering, on CPU and for leaves of any shape: held to the laws that test_transform.py holds a CPU's to."""
 
 from unittest import mock
 
@@ -29,38 +29,42 @@ D = 300
 PLATFORM_DEPENDENT = jax.lax.platform_dependent
 
 
-@pytest.fixture(autouse=True, params=["cuda", "tpu"])
-def accelerator(request):
-    """Programs traced meanwhile take its branches of `platform_dependent`; yields whether they turned rows."""
+@pytest.fixture(autouse=True, params=["cpu", "cuda", "tpu"])
+def lowering(request):
+    """Programs traced meanwhile take this branch of `platform_dependent`; yields what they should have added chunks with."""
 
     def chosen(*args, default=None, **of):
         return of.get(request.param, default)(*args)
 
-    rows = mock.Mock(wraps=stream._add_as_rows)
-    with mock.patch.object(jax.lax, "platform_dependent", chosen), mock.patch.object(stream, "_add_as_rows", rows):
-        yield rows
+    name = "_add_windows" if request.param == "cpu" else "_add_as_rows"
+    added = mock.Mock(wraps=getattr(stream, name))
+    with (
+        mock.patch.object(jax.lax, "platform_dependent", chosen),
+        mock.patch.object(stream, name, added),
+        mock.patch.object(stream, "_SHORTEST_WINDOW", 1),
+    ):
+        yield added
 
 
 @settings(max_examples=8, phases=DRAW_ONLY)
 @given(st.integers(256, 700), st.integers(0, 2**64 - 1), st.lists(st.integers(1, 400), max_size=2))
 def test_any_runs(d, seed, rows):
     """Leaves that begin and end anywhere in a chunk; the last always has more than 8."""
-    stream._add_as_rows.reset_mock()
     check_definition([jnp.zeros((n, 23)) for n in [*rows, 300]], d, seed, "balanced-v1")
-    assert stream._add_as_rows.called
 
 
-def test_stacked_and_transposed_leaves(accelerator):
+def test_stacked_and_transposed_leaves(lowering):
     layers = {"k": jnp.zeros((5, 12, 170)), "s": jnp.zeros(5), "v": jnp.zeros((5, 90, 11))}
     check_definition({"a": jnp.zeros(7), "layers": layers}, D, 7, "balanced-v1", stacked="^layers", transposed="k")
-    assert accelerator.called
+    assert lowering.called
 
 
-def test_runs_shorter_than_d(accelerator):
+def test_runs_shorter_than_d(lowering):
     check_definition({"layers": [jnp.zeros((9, 40)), jnp.zeros((9, 50))]}, D, 7, "balanced-v1", stacked="^layers")
-    assert accelerator.called
+    assert lowering.called
 
 
+@pytest.mark.parametrize("lowering", ["cuda", "tpu"], indirect=True)
 @pytest.mark.parametrize("piece, pieces", [(1, 4), (9 * D, 4), (10 * D, 3)])
 def test_in_pieces_or_at_once_is_the_same(piece, pieces):
     """30 chunks: 8 at a time, which are the fewest, 9, and 10."""
@@ -76,7 +80,7 @@ def test_in_pieces_or_at_once_is_the_same(piece, pieces):
     assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_layer_by_layer(accelerator):
+def test_layer_by_layer(lowering):
     """A scan over layers, whose number is traced, and the stacked leaf as a whole."""
     params = {"layers": {"w": normal(jnp.zeros((4, 60, 50)))}}
     partition = make_partition(canonical_layout(params, stacked="^layers"), D, 5)
@@ -95,29 +99,29 @@ def test_layer_by_layer(accelerator):
 
     theta = normal_theta(D)
     assert_close(jax.jit(jax.grad(by_layer))(theta), jax.jit(jax.grad(whole))(theta), rtol=1e-4, atol=1e-5)
-    assert accelerator.call_count == 2
+    assert lowering.call_count == 2
 
 
 @VARYING
-def test_data_parallel_gradient(varying, accelerator):
+def test_data_parallel_gradient(varying, lowering):
     params, theta, x = normal([jnp.zeros((60, 50))]), normal_theta(D), normal(jnp.zeros((16, 60)), seed=5)
 
     def loss(theta, x):
         return jnp.mean(jnp.sin(x @ gpart_transform(params, theta, 3)[0]) ** 2)
 
     assert_close(data_parallel(loss, varying)(theta, x), jax.jit(jax.grad(loss))(theta, x), rtol=1e-4, atol=1e-7)
-    assert accelerator.called
+    assert lowering.called
 
 
-def test_vmap_over_theta(accelerator):
+def test_vmap_over_theta(lowering):
     params, thetas = normal([jnp.zeros((60, 50))]), jnp.stack([normal_theta(D, seed) for seed in range(3)])
     gradient = jax.grad(lambda theta: jnp.sum(gpart_transform(params, theta, 3)[0] ** 3))
     together = jax.jit(jax.vmap(gradient))(thetas)
     assert_close(together, jnp.stack([jax.jit(gradient)(theta) for theta in thetas]), rtol=1e-5)
-    assert accelerator.called
+    assert lowering.called
 
 
-def test_second_derivative(accelerator):
+def test_second_derivative(lowering):
     """d^2/dtheta^2 of sum(W^3) is P^T diag(6 W) P."""
     partition = make_partition(canonical_layout([jnp.zeros((60, 50))]), D, 2)
     params, theta = [jnp.full((60, 50), 2.0)], normal_theta(D)
@@ -126,20 +130,35 @@ def test_second_derivative(accelerator):
     weights = 6 * (2 + np.asarray(theta)[group] * scale) * scale**2
     expected = np.diag(np.bincount(group.reshape(-1), weights.reshape(-1)))
     np.testing.assert_allclose(jax.jit(jax.jacrev(gradient))(theta), expected, rtol=1e-4, atol=1e-5)
-    assert accelerator.called
+    assert lowering.called
 
 
-@pytest.mark.parametrize("platform, loops", [("cuda", 0), ("rocm", 0), ("tpu", 0), ("cpu", 2)])
-def test_no_loop_over_chunks_but_on_cpu(platform, loops):
+@pytest.mark.parametrize("rows, columns", [(96, 800), (400, 32)])
+def test_leaves_of_whole_windows(rows, columns, lowering):
+    """Two of them, so that a CPU adds them in two sums, or in one where they have fewer than 256 d elements."""
+    check_definition([jnp.zeros((rows, columns)), jnp.zeros((rows // 4, columns))], 320, 7, "balanced-v1")
+    assert lowering.call_count == 2
+
+
+PLATFORMS = [("cuda", 59, 0), ("rocm", 59, 0), ("tpu", 59, 0), ("cpu", 60, 0), ("cpu", 59, 2)]
+
+
+@pytest.mark.parametrize("lowering", ["cpu"], indirect=True)
+@pytest.mark.parametrize("platform, rows, loops", PLATFORMS)
+def test_no_loop_over_chunks_but_for_short_windows_on_a_cpu(platform, rows, loops):
     """In the program that is made for each platform: one loop for whole chunks and one for the edges, or none."""
-    params, theta = [jnp.zeros((59, 50))], normal_theta(D)
+    params, theta = [jnp.zeros((rows, 100))], normal_theta(D)
     pull = jax.jit(lambda g: jax.vjp(lambda theta: gpart_transform(params, theta, 3), theta)[1](g))
-    with mock.patch.object(jax.lax, "platform_dependent", PLATFORM_DEPENDENT):
+    with (
+        mock.patch.object(jax.lax, "platform_dependent", PLATFORM_DEPENDENT),
+        mock.patch.object(stream, "_SHORTEST_WINDOW", 256),
+    ):
         exported = jax.export.export(pull, platforms=[platform])(params)
     assert str(exported.mlir_module()).count("stablehlo.while") == loops
 
 
-def test_only_a_tpu_turns_rows_forward_too(accelerator, request):
+@pytest.mark.parametrize("lowering", ["cuda", "tpu"], indirect=True)
+def test_only_a_tpu_turns_rows_forward_too(lowering, request):
     with mock.patch.object(stream, "_from_rows", mock.Mock(wraps=stream._from_rows)) as rows:
         jax.make_jaxpr(lambda theta: gpart_transform([jnp.zeros((60, 50))], theta, 3))(normal_theta(D))
-    assert rows.called == (request.node.callspec.params["accelerator"] == "tpu")
+    assert rows.called == (request.node.callspec.params["lowering"] == "tpu")
