@@ -1,8 +1,9 @@
 """P theta and its transpose over runs of consecutive indices, for balanced-v1: no element is looked at by itself.
 
 A chunk, d consecutive indices, is a rotation of one of 8 tables of scaled theta. With each table twice in a row, (8, 2 d), a
-rotation is a slice, so both directions move contiguous blocks. What a backend does well differs: a CPU adds chunk after chunk in
-place (`_add_in_turn`); for a GPU that is thousands of kernels, so it turns all chunks of a leaf at once and multiplies
+rotation is a slice, so both directions move contiguous pieces; at best windows, equal pieces of a leaf that no chunk begins in.
+What a backend does well differs: a CPU adds a leaf's windows in one scatter (`_on_cpu`), or chunk after chunk in place
+(`_add_in_turn`); for a GPU chunk after chunk is thousands of kernels, so it turns all chunks of a leaf at once and multiplies
 (`_add_as_rows`); a TPU loops over any slices that differ from row to row, so for a short theta it turns rows bit by bit.
 """
 
@@ -20,7 +21,7 @@ from gpart_jax.partition import Region
 from gpart_jax.targets import Leaf
 
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
-_SHORTEST_WINDOW = 256  # likewise
+_SHORTEST_WINDOW = 256  # likewise, of windows: pieces of a leaf that no chunk begins in
 _PIECE = 2**25  # so many elements, or 8 chunks, are turned at once
 _LONGEST_TURN = 2**14  # the d from which on a TPU does better chunk by chunk, by XLA's own estimate for a v5e
 
@@ -46,12 +47,21 @@ def runs_of(region: Region, leaf: Leaf, layer) -> Runs | None:
 
 def expand(region: Region, runs: Runs, key, table, layer):
     """Runs of P theta, (runs, length)."""
-    in_blocks = functools.partial(_blocks, region, runs)
-    if region.d > _LONGEST_TURN or not _many_chunks(region, runs, layer):
-        return in_blocks(key, table, layer)
-    return jax.lax.platform_dependent(
-        key, table, layer, tpu=functools.partial(_from_rows, region, runs), default=in_blocks
-    )
+    on_tpu = in_blocks = functools.partial(_blocks, region, runs)
+    if region.d <= _LONGEST_TURN and _many_chunks(region, runs, layer):
+        on_tpu = functools.partial(_from_rows, region, runs)
+    width = _window(region, runs)
+    whole_rows = width >= _SHORTEST_WINDOW and width % runs.columns == 0
+    elsewhere = functools.partial(_windows, region, runs, width) if whole_rows else in_blocks
+    return jax.lax.platform_dependent(key, table, layer, tpu=on_tpu, default=elsewhere)
+
+
+def _windows(region, runs, width, key, table, layer):
+    """Pieces of one chunk each: slices of the table."""
+    chunk, r = _in_chunks(region, runs, layer, 0, width, runs.length // width)
+    at = _in_table(region, partitions.chunks_in_program(region, key, chunk), r)
+    cut = jax.vmap(lambda at: jax.lax.dynamic_slice(table.reshape(-1), (at,), (width,)))
+    return cut(at.reshape(-1)).reshape(-1, runs.length)
 
 
 def _blocks(region, runs, key, table, layer):
@@ -118,9 +128,9 @@ def contract(region: Region, every: Sequence[Runs], key, cotangents, layer):
 
 
 def _on_cpu(region, every, key, cotangents, layer):
-    """A leaf in windows that no chunk ends in, all of them in one scatter; where those would be short, chunk after chunk."""
+    """A leaf in windows, all of them in one scatter; where those would be short, chunk after chunk."""
     d = region.d
-    widths = [int(np.gcd.reduce([*runs.starts, np.uint64(d), np.uint64(runs.length)])) for runs in every]
+    widths = [_window(region, runs) for runs in every]
     windowed = [(runs, width) for runs, width in zip(every, widths) if width >= _SHORTEST_WINDOW]
     if windowed:
         begins = [_in_chunks(region, runs, layer, 0, width, runs.length // width) for runs, width in windowed]
@@ -269,6 +279,11 @@ def _turn_by_bits(rows, rotation):
     for bit in range((rows.shape[1] - 1).bit_length()):
         rows = jnp.where((rotation >> bit & 1)[:, None] == 1, jnp.roll(rows, 1 << bit, axis=1), rows)
     return rows
+
+
+def _window(region, runs) -> int:
+    """The length of the longest equal pieces of runs that no chunk begins in."""
+    return int(np.gcd.reduce([*runs.starts, np.uint64(region.d), np.uint64(runs.length)]))
 
 
 def _in_chunks(region, runs, layer, start, width, count):

@@ -159,7 +159,7 @@ def _table(scaled, rho):
     """The 8 permutations of scaled theta, each twice in a row: (8, 2 d). Scaled theta itself, (1, d), where there are none."""
     if not len(rho):
         return scaled[None]
-    table = jnp.stack([scaled.at[order].get(**_PERMUTATION) for order in rho])
+    table = scaled.at[rho].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return jnp.concatenate([table, table], axis=1)  # a rotation of a row is a slice
 
 
