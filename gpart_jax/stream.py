@@ -138,9 +138,10 @@ def _on_cpu(region, every, key, cotangents, layer):
         places = _in_table(region, partitions.chunks_in_program(region, key, chunk), r)
         places = iter(jnp.split(places, np.cumsum([r.size for _, r in begins])[:-1]))
 
-    # A scatter and a loop take one core each: two sums, where they are small beside the leaves, can be had at once.
+    # A scatter and a loop take one core each: two sums, where they are small beside leaves and caches, can be had at once.
     total = jnp.zeros_like(cotangents[0], shape=2 * partitions.TABLES * d)
-    totals = [total] * (2 if sum(cotangent.size for cotangent in cotangents) >= 256 * d else 1)
+    small = d <= 2**18 and sum(cotangent.size for cotangent in cotangents) >= 256 * d
+    totals = [total] * (1 + small)
     for n, (runs, width, cotangent) in enumerate(zip(every, widths, cotangents)):
         which = n * len(totals) // len(every)
         if width >= _SHORTEST_WINDOW:

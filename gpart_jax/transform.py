@@ -22,7 +22,6 @@ from gpart_jax.sharding import over_tensor
 from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
 
 _PIECE = 2**20  # so many positions of elements are held at once
-_PERMUTATION = dict(unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def gpart_transform(
@@ -169,7 +168,7 @@ def _table_backward(rho, cotangent):
     rows = cotangent[:, : rho.shape[1]] + cotangent[:, rho.shape[1] :]
     total = jnp.zeros_like(rows[0])
     for order, row in zip(rho, rows):  # in turn, each with unique indices: the sum is reproducible, and fast
-        total = total.at[order].add(row, **_PERMUTATION)
+        total = total.at[order].add(row, unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False)
     return total, None
 
 
