@@ -82,7 +82,7 @@ def test_in_pieces_or_at_once_is_the_same(piece, pieces):
 
 def test_layer_by_layer(lowering):
     """A scan over layers, whose number is traced, and the stacked leaf as a whole."""
-    params = {"layers": {"w": normal(jnp.zeros((4, 60, 50)))}}
+    params = {"layers": {"w": normal(jnp.zeros((4, 61, 50)))}}
     partition = make_partition(canonical_layout(params, stacked="^layers"), D, 5)
 
     def whole(theta):
@@ -133,9 +133,9 @@ def test_second_derivative(lowering):
     assert lowering.called
 
 
-@pytest.mark.parametrize("rows, columns", [(96, 800), (400, 32)])
+@pytest.mark.parametrize("rows, columns", [(95, 800), (395, 32)])
 def test_leaves_of_whole_windows(rows, columns, lowering):
-    """Two of them, so that a CPU adds them in two sums, or in one where they have fewer than 256 d elements."""
+    """A part of a row and five rows. Two leaves, which a CPU adds in two sums, or in one where they have fewer than 256 d elements."""
     check_definition([jnp.zeros((rows, columns)), jnp.zeros((rows // 4, columns))], 320, 7, "balanced-v1")
     assert lowering.call_count == 2
 
