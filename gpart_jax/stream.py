@@ -141,7 +141,7 @@ def _on_cpu(region, every, key, cotangents, layer):
     # A scatter and a loop take one core each: two sums, where they are small beside leaves and caches, can be had at once.
     total = jnp.zeros_like(cotangents[0], shape=2 * partitions.TABLES * d)
     small = d <= 2**18 and sum(cotangent.size for cotangent in cotangents) >= 256 * d
-    totals = [total] * (1 + small)
+    totals = [total, total] if small else [total]
     for n, (runs, width, cotangent) in enumerate(zip(every, widths, cotangents)):
         which = n * len(totals) // len(every)
         if width >= _SHORTEST_WINDOW:

@@ -289,7 +289,7 @@ def contract(region: Region, leaves: Sequence[Leaf], keys, cotangents, layer=Non
         streamed.append((runs, cotangent))
     if streamed:
         every, cotangents = zip(*streamed)
-        sums = stream.contract(region, every, keys[0], cotangents, layer)
+        sums = stream.contract(region, every, keys[0], cotangents, layer)  # a hashed region has one key
         total = sums if total is None else total + sums
     return total.reshape(shape)
 
