@@ -1,10 +1,23 @@
 """GPart in JAX: end-to-end isometric fine-tuning through one vector (arXiv 2605.14841)."""
 
-from gpart_jax.adapter import Adapter, load_adapter, save_adapter
-from gpart_jax.methods import Method, bitfit, chain, fastfood, full, gpart, head, lora, uni_lora, vera
-from gpart_jax.partition import Partition, make_partition
-from gpart_jax.targets import Layout, Leaf, canonical_layout
-from gpart_jax.transform import gpart_transform
+import importlib.metadata
+
+import jax
+
+from gpart_jax import requirements
+
+requirements.warn_of_old_jax(jax.__version__)
+
+from gpart_jax.adapter import Adapter, load_adapter, save_adapter  # noqa: E402
+from gpart_jax.methods import Method, bitfit, chain, fastfood, full, gpart, head, lora, uni_lora, vera  # noqa: E402
+from gpart_jax.partition import Partition, make_partition  # noqa: E402
+from gpart_jax.targets import Layout, Leaf, canonical_layout  # noqa: E402
+from gpart_jax.transform import gpart_transform  # noqa: E402
+
+try:
+    __version__ = importlib.metadata.version("gpart_jax")
+except importlib.metadata.PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "Adapter",
@@ -12,6 +25,7 @@ __all__ = [
     "Leaf",
     "Method",
     "Partition",
+    "__version__",
     "bitfit",
     "canonical_layout",
     "chain",

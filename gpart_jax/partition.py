@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpart_jax import uint64
-from gpart_jax.targets import Layout, Leaf, named_leaves
+from gpart_jax.targets import Array, Layout, Leaf, PyTree, named_leaves
 
 SCHEMES = ("balanced-v1", "splitmix64")  # stateless
 SIGNED_MAGNITUDE = "signed_magnitude"
@@ -88,9 +88,9 @@ class Partition:
       signed_magnitude the group ids themselves, {path: int32 of the leaf's shape}.
     """
 
-    permutations: tuple
-    scales: tuple
-    keys: tuple
+    permutations: tuple[Array, ...]
+    scales: tuple[Array, ...]
+    keys: tuple[Array | dict[str, Array], ...]
     scheme: str
     scope: str
     seed: int
@@ -100,7 +100,7 @@ class Partition:
     regions: tuple[Region, ...]
 
     @property
-    def tables(self) -> dict:
+    def tables(self) -> dict[str, tuple]:
         """All that depends on the seed, for `dataclasses.replace`: partitions of one shape have tables of one structure."""
         return {"permutations": self.permutations, "scales": self.scales, "keys": self.keys}
 
@@ -108,12 +108,12 @@ class Partition:
 def make_partition(
     layout: Layout,
     d: int,
-    seed,
+    seed: int | jax.Array,
     *,
     scheme: str = "balanced-v1",
     scope: str = "global",
     isometric: bool = True,
-    params=None,
+    params: PyTree = None,
 ) -> Partition:
     """The partition of `layout` into d groups.
 
@@ -143,7 +143,7 @@ def make_partition(
     return Partition(*tables, scheme, scope, seed_to_int(seed), operator.index(d), bool(isometric), layout, regions)
 
 
-def regions_of(layout: Layout, d: int, seed, *, scheme: str, scope: str) -> tuple[Region, ...]:
+def regions_of(layout: Layout, d: int, seed: int | jax.Array, *, scheme: str, scope: str) -> tuple[Region, ...]:
     """What of a partition doesn't hold arrays. Arguments and errors as in `make_partition`."""
     if scheme not in (*SCHEMES, SIGNED_MAGNITUDE):
         raise ValueError(f"Unknown scheme {scheme!r}. Choose one of {', '.join((*SCHEMES, SIGNED_MAGNITUDE))}.")
@@ -165,7 +165,7 @@ def regions_of(layout: Layout, d: int, seed, *, scheme: str, scope: str) -> tupl
 
 
 @functools.lru_cache(maxsize=16)
-def _hashed(regions, isometric):
+def _hashed(regions, isometric) -> tuple[tuple, tuple, tuple]:
     permutations = tuple(_permutations(region) for region in regions)
     sizes = [group_sizes(region, rho) for region, rho in zip(regions, permutations)]
     keys = tuple(np.array(uint64.split(_hash_key(region)), np.uint32) for region in regions)
@@ -179,7 +179,7 @@ def _scale(sizes, isometric):
     return (1 / np.sqrt(np.maximum(sizes, 1)) if isometric else np.ones(len(sizes))).astype(np.float32)
 
 
-def _by_magnitude(layout, region, isometric, params):
+def _by_magnitude(layout, region, isometric, params) -> tuple[tuple, tuple, tuple]:
     leaves = {} if params is None else dict(named_leaves(params))
     values = [leaves.get(leaf.path) for leaf in layout.leaves]
     if any(isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct, type(None))) for value in values):
@@ -216,7 +216,7 @@ def _indices(leaf: Leaf) -> np.ndarray:
     return leaf.offset + sum(steps, np.zeros(leaf.shape, np.int64))
 
 
-def seed_to_int(seed) -> int:
+def seed_to_int(seed: int | jax.Array) -> int:
     """The seed as a Python int in [0, 2^64)."""
     if isinstance(seed, jax.core.Tracer):
         raise TypeError(
@@ -241,7 +241,7 @@ def seed_to_int(seed) -> int:
     return number
 
 
-def group_ids(region: Region, index, rho=None) -> np.ndarray:
+def group_ids(region: Region, index: np.ndarray, rho: np.ndarray | None = None) -> np.ndarray:
     """The definition: groups of the elements with the given indices, in NumPy.
 
     Args:
@@ -260,21 +260,24 @@ def group_ids(region: Region, index, rho=None) -> np.ndarray:
     return rho[k, (index % d + o.astype(np.uint64)) % d].astype(np.int64)
 
 
-def chunks(region: Region, c) -> tuple[np.ndarray, np.ndarray]:
+def chunks(region: Region, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """balanced-v1's table number k_c and rotation o_c of the chunks with numbers c: int32 arrays of c's shape."""
     h = uint64.stream_host(_hash_key(region), c)
     return (h % np.uint64(TABLES)).astype(np.int32), ((h >> np.uint64(32)) % np.uint64(region.d)).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def chunks_in_program(region: Region, key, c) -> tuple[jax.Array, jax.Array]:
+def chunks_in_program(
+    region: Region, key: jax.Array | tuple[jax.Array, jax.Array], c: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """`chunks` in a compiled program: for c as a pair of uint32 arrays, from the region's key, uint32 (2,)."""
     step = uint64.multiply(uint64.add(c, uint64.split(1)), uint64.GAMMA)
-    high, low = uint64.mix(uint64.add(step, tuple(key)))
+    high, low = key
+    high, low = uint64.mix(uint64.add(step, (high, low)))
     return (low % np.uint32(TABLES)).astype(jnp.int32), (high % np.uint32(region.d)).astype(jnp.int32)
 
 
-def group_sizes(region: Region, rho=None) -> np.ndarray:
+def group_sizes(region: Region, rho: np.ndarray | None = None) -> np.ndarray:
     """Number of elements in each group, int64 of shape (region.d,)."""
     if region.scheme == "balanced-v1":  # known without looking at the elements: whole chunks, and what is left
         whole, rest = divmod(region.size, region.d)
@@ -291,7 +294,13 @@ def group_sizes(region: Region, rho=None) -> np.ndarray:
 Part = tuple[int, int | jax.Array, int]  # (axis, start, length): a slice of a leaf
 
 
-def slots(region: Region, leaf: Leaf, layer=None, parts: Sequence[Part] = (), key=None) -> jax.Array:
+def slots(
+    region: Region,
+    leaf: Leaf,
+    layer: int | jax.Array | None = None,
+    parts: Sequence[Part] = (),
+    key: Array | None = None,
+) -> Array:
     """Where each element of a leaf finds its value: positions in the region's flattened table, in a compiled program.
 
     The table is rho applied to scaled theta, each row twice, (8, 2 d), for balanced-v1, and scaled theta itself, (d,), for
@@ -307,14 +316,15 @@ def slots(region: Region, leaf: Leaf, layer=None, parts: Sequence[Part] = (), ke
       N < 2^64.
     """
     if region.scheme == SIGNED_MAGNITUDE:
+        assert key is not None  # no seed makes it
         ids = key if layer is None else jax.lax.dynamic_index_in_dim(key, layer, keepdims=False)
         for axis, start, length in parts:
             ids = jax.lax.dynamic_slice_in_dim(ids, start, length, axis)
         return ids
-    key = uint64.split(_hash_key(region)) if key is None else tuple(key)
-    picks = {} if layer is None else {0: (layer, 1)}  # axis: (start, length)
-    for axis, *pick in parts:
-        picks[axis if layer is None else axis + 1] = pick
+    added = uint64.split(_hash_key(region)) if key is None else tuple(key)
+    picks: dict[int, tuple[int | jax.Array, int]] = {} if layer is None else {0: (layer, 1)}  # axis: (start, length)
+    for axis, start, length in parts:
+        picks[axis if layer is None else axis + 1] = start, length
     axes = [(1, 0)]  # (length, step); the first carries the offset
     shape, padded = [], []
     taken = {}  # table: (start, length)
@@ -338,7 +348,7 @@ def slots(region: Region, leaf: Leaf, layer=None, parts: Sequence[Part] = (), ke
 
     if region.scheme == "splitmix64":
         index = functools.reduce(uint64.add, (laid(uint64.split(x), k) for k, x in enumerate(along)))
-        slot = uint64.remainder(uint64.mix(uint64.add(index, key)), region.d)
+        slot = uint64.remainder(uint64.mix(uint64.add(index, added)), region.d)
     else:
         d = np.uint32(region.d)
         c, r = None, None  # mixed radix: index = c * d + r, so that no element needs a 64-bit division
@@ -351,7 +361,7 @@ def slots(region: Region, leaf: Leaf, layer=None, parts: Sequence[Part] = (), ke
                 r = r + rest
                 carry = (r >= d).astype(jnp.uint32)
                 c, r = uint64.add(uint64.add(c, quotient), (jnp.zeros_like(carry), carry)), r - carry * d
-        k, o = (x.astype(jnp.uint32) for x in chunks_in_program(region, key, c))
+        k, o = (x.astype(jnp.uint32) for x in chunks_in_program(region, added, c))
         slot = k * (2 * d) + r + o
     slot = slot.astype(jnp.int32).reshape(padded)[tuple(slice(n) for n in shape)]
     return slot if layer is None else slot[0]
@@ -368,7 +378,7 @@ def _on_axis(arrays, axis: int, ndim: int, pick=None):
 
 def _permutations(region: Region) -> np.ndarray:
     count = TABLES if region.scheme == "balanced-v1" else 0
-    hashes = [uint64.stream_host(uint64.stream_host(region.seed, k), np.arange(region.d)) for k in range(count)]
+    hashes = [uint64.stream_host(int(uint64.stream_host(region.seed, k)), np.arange(region.d)) for k in range(count)]
     rows = [np.argsort(h, kind="stable") for h in hashes]
     return np.array(rows, np.int32).reshape(count, region.d)
 

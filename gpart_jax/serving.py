@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     rows: int32 (ceil(B / G), G, R), which of the batch; B where a tile has no more.
     """
 
-    steps: np.ndarray
+    steps: np.int32
     adapter: np.ndarray
     rows: np.ndarray
 
@@ -68,7 +68,7 @@ def _trainable(adapter: Adapter) -> dict:
     return {"theta": adapter.theta} | ({"head": adapter.head} if adapter.head else {})
 
 
-def plan(which: Sequence[int], adapters: int, *, together: int = 1, tile_cost: float = 1.0) -> Plan:
+def plan(which: Sequence[int] | np.ndarray, adapters: int, *, together: int = 1, tile_cost: float = 1.0) -> Plan:
     """The tiles of a batch, of the size R at which it is least work.
 
     Args:
@@ -85,7 +85,7 @@ def plan(which: Sequence[int], adapters: int, *, together: int = 1, tile_cost: f
     if which.ndim != 1 or not which.size or which.min() < 0 or which.max() >= adapters:
         raise ValueError(f"Each row must name one of the adapters 0 ... {adapters - 1}, not {which}.")
     numbers, counts = np.unique(which, return_counts=True)
-    sizes = [2**k for k in range(int(counts.max() - 1).bit_length() + 1)]
+    sizes = [2**k for k in range(int(np.max(counts) - 1).bit_length() + 1)]
     tiles = [int(np.sum(-(-counts // size))) for size in sizes]
     best = min(range(len(sizes)), key=lambda k: tiles[k] * (sizes[k] + tile_cost))
     size, together = sizes[best], min(together, tiles[best])

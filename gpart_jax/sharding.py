@@ -9,16 +9,20 @@ gradient, for its own examples, into its own copy of the trained numbers; the co
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpart_jax.targets import named_leaves, replace_leaves
+from gpart_jax.targets import Params, PyTree, named_leaves, replace_leaves
+
+if TYPE_CHECKING:
+    from gpart_jax.methods import Method  # which imports this module
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -63,10 +67,10 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence | None =
             f"Change one, or make it -1 (the rest)."
         )
     shape = tuple(len(devices) // given if size == -1 else size for size in sizes.values())
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(shape, AXES, (jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
-def param_shardings(params, mesh: Mesh, rules: Rules = ()):
+def param_shardings(params: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
     """A `NamedSharding` for each leaf of params: that of the first rule whose pattern is found in its path.
 
     An axis that doesn't divide a leaf's dimension is left out there; a leaf without a rule lies whole on every device.
@@ -97,7 +101,7 @@ def param_shardings(params, mesh: Mesh, rules: Rules = ()):
     return replace_leaves(params, {path: of(path, leaf) for path, leaf in leaves.items()})
 
 
-def place(tree, shardings):
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """Puts host arrays, of which every process holds the whole, onto the mesh. `shardings`: a tree, or one for all.
 
     What lies there already stays.
@@ -114,12 +118,12 @@ def place(tree, shardings):
     return jax.tree.map(put, tree, shardings)
 
 
-def replicate(tree, mesh: Mesh):
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """`place` with the whole on every device."""
     return place(tree, NamedSharding(mesh, P()))
 
 
-def fetch(tree):
+def fetch(tree: PyTree) -> PyTree:
     """The whole of every leaf on the host, the inverse of `place`. Under several processes all call it, and all get it."""
 
     def get(x):
@@ -180,7 +184,7 @@ def global_batch(batch: dict, mesh: Mesh) -> dict:
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def value_and_grad(loss: Callable, method, shardings, accumulate: int = 1) -> Callable:
+def value_and_grad(loss: Callable, method: "Method", shardings: PyTree, accumulate: int = 1) -> Callable:
     """As `jax.value_and_grad`, with respect to what a method trains, at the cost of one all-reduce of so many numbers.
 
     Weights that "fsdp" shards are gathered for use, layer by layer in a model that scans its layers, and never reduced;
@@ -213,7 +217,8 @@ def value_and_grad(loss: Callable, method, shardings, accumulate: int = 1) -> Ca
         def local(copies, frozen, batch, key, tables, shard):  # copies: (T, n)
             def local_loss(copies, batch, key):
                 method_key, model_key = (None, None) if key is None else jax.random.split(key)
-                if key is not None and shards > 1:  # dropout on the delta is the same everywhere, the model's is not
+                # Dropout on the delta is the same everywhere, the model's is not.
+                if model_key is not None and shards > 1:
                     model_key = jax.random.fold_in(model_key, shard[0])
                 bound = method.bind(like, jax.vmap(unravel)(copies), method_key, True, tables)
 
@@ -261,7 +266,7 @@ def in_parts(loss: Callable, accumulate: int) -> Callable:
     return compute
 
 
-def over_tensor(function: Callable, out_specs) -> Callable:
+def over_tensor(function: Callable, out_specs: PyTree) -> Callable:
     """`function` on each device's part along "tensor", within `value_and_grad`. Takes (argument, spec) pairs.
 
     Not for AD, which doesn't pass through nested shard_maps under `jax.checkpoint`.
@@ -276,7 +281,7 @@ def over_tensor(function: Callable, out_specs) -> Callable:
     return call
 
 
-def whole(x):
+def whole(x: jax.Array) -> jax.Array:
     """`x` with the hint that each device along "tensor" shall hold all of it; `x` itself where there is no such axis.
 
     For a model's residual stream. Without it XLA may divide that too, and then has to move weight gradients around.
@@ -284,14 +289,14 @@ def whole(x):
     return jax.lax.with_sharding_constraint(x, P()) if "tensor" in jax.sharding.get_abstract_mesh().auto_axes else x
 
 
-def tensor_axis(leaf) -> int | None:
+def tensor_axis(leaf: Any) -> int | None:
     """The axis along which "tensor" divides a leaf with a NamedSharding."""
     spec = tuple(leaf.sharding.spec)
     return spec.index("tensor") if "tensor" in spec else None
 
 
 @jax.custom_vjp
-def one_copy(copies):
+def one_copy(copies: Params) -> Params:
     """The trained numbers from their equal copies along "tensor", (T, ...). The first copy gets the whole gradient."""
     split = jax.tree.map(lambda _: P("tensor"), copies)
     return over_tensor(lambda x: jax.tree.map(lambda leaf: leaf[0], x), P())((copies, split))

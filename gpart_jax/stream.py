@@ -8,6 +8,7 @@ What a backend does well differs: a CPU adds a leaf's windows in one scatter (`_
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 from gpart_jax import partition as partitions
 from gpart_jax import uint64
 from gpart_jax.partition import Region
-from gpart_jax.targets import Leaf
+from gpart_jax.targets import Array, Leaf
 
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
 _SHORTEST_WINDOW = 256  # likewise, of windows: pieces of a leaf that no chunk begins in
@@ -34,7 +35,7 @@ class Runs(NamedTuple):
     starts: np.ndarray  # uint64, index of each run's first element
 
 
-def runs_of(region: Region, leaf: Leaf, layer) -> Runs | None:
+def runs_of(region: Region, leaf: Leaf, layer: int | jax.Array | None) -> Runs | None:
     """The runs that a leaf or, for a layer, its layers are made of; None where elements must be looked at one by one."""
     if region.scheme != "balanced-v1" or region.d < _SHORTEST_RUN or not leaf.size:
         return None
@@ -45,7 +46,7 @@ def runs_of(region: Region, leaf: Leaf, layer) -> Runs | None:
     return Runs(pieces[0].size, columns, np.array([piece.offset for piece in pieces], np.uint64))
 
 
-def expand(region: Region, runs: Runs, key, table, layer):
+def expand(region: Region, runs: Runs, key: Array, table: jax.Array, layer: int | jax.Array | None) -> jax.Array:
     """Runs of P theta, (runs, length)."""
     on_tpu = in_blocks = functools.partial(_blocks, region, runs)
     if region.d <= _LONGEST_TURN and _many_chunks(region, runs, layer):
@@ -104,7 +105,13 @@ def _block_width(runs: Runs, d: int) -> int:
     return next((n for n in range(widest, widest // 2, -1) if runs.length % n == 0), widest)
 
 
-def contract(region: Region, every: Sequence[Runs], key, cotangents, layer):
+def contract(
+    region: Region,
+    every: Sequence[Runs],
+    key: Array,
+    cotangents: Sequence[jax.Array],
+    layer: int | jax.Array | None,
+) -> jax.Array:
     """Leaves' cotangents, each added to the slices of the tables that it was read from: (16 d,)."""
     cotangents = [cotangent.reshape(-1, runs.length) for runs, cotangent in zip(every, cotangents)]
 
@@ -284,7 +291,7 @@ def _turn_by_bits(rows, rotation):
 
 def _window(region, runs) -> int:
     """The length of the longest equal pieces of runs that no chunk begins in."""
-    return int(np.gcd.reduce([*runs.starts, np.uint64(region.d), np.uint64(runs.length)]))
+    return math.gcd(*runs.starts.tolist(), region.d, runs.length)
 
 
 def _in_chunks(region, runs, layer, start, width, count):

@@ -12,13 +12,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, GetAttrKey
 
+Array = jax.Array | np.ndarray
+PyTree = Any  # containers of arrays, or of what stands for them
+Params = TypeVar("Params")  # a pytree that comes back with the same structure
 Targets = str | Sequence[str] | Callable[[str, jax.Array], bool] | None
 
 
@@ -77,7 +81,7 @@ class Layout:
         return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:16]
 
 
-def named_leaves(params) -> list[tuple[str, object]]:
+def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
     """The leaves of any pytree with their paths, in the tree's own order."""
     leaves = [(_path(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
     if len({path for path, _ in leaves}) < len(leaves):
@@ -87,13 +91,13 @@ def named_leaves(params) -> list[tuple[str, object]]:
     return leaves
 
 
-def replace_leaves(params, new: dict[str, jax.Array]):
+def replace_leaves(params: Params, new: Mapping[str, Any]) -> Params:
     """`params` with the leaves named in `new` exchanged; every other leaf is the same object."""
     paths, tree = jax.tree_util.tree_flatten_with_path(params)
     return jax.tree_util.tree_unflatten(tree, [new.get(_path(keys), leaf) for keys, leaf in paths])
 
 
-def select(params, targets: Targets = None) -> dict[str, jax.Array]:
+def select(params: PyTree, targets: Targets = None) -> dict[str, jax.Array]:
     """The targeted leaves by path, ordered by path with numbers compared as numbers.
 
     Args:
@@ -129,7 +133,7 @@ def select(params, targets: Targets = None) -> dict[str, jax.Array]:
 
 
 def canonical_layout(
-    params, targets: Targets | Layout = None, *, stacked: str | None = None, transposed: str | None = None
+    params: PyTree, targets: Targets | Layout = None, *, stacked: str | None = None, transposed: str | None = None
 ) -> Layout:
     """The layout of the targeted leaves: ordered by path, numbers as numbers, each leaf in row-major order.
 

@@ -14,20 +14,21 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from gpart_jax import partition as partitions
 from gpart_jax import stream
 from gpart_jax.partition import Part, Partition, Region
 from gpart_jax.sharding import over_tensor
-from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves
+from gpart_jax.targets import Array, Layout, Leaf, Params, Targets, canonical_layout, named_leaves, replace_leaves
 
 _PIECE = 2**20  # so many positions of elements are held at once
 
 
 def gpart_transform(
-    params,
-    theta: jax.Array,
-    seed,
+    params: Params,
+    theta: ArrayLike,
+    seed: int | jax.Array | Partition,
     *,
     targets: Targets | Layout = None,
     scheme: str = "balanced-v1",
@@ -35,7 +36,7 @@ def gpart_transform(
     isometric: bool = True,
     dropout: float = 0.0,
     key: jax.Array | None = None,
-):
+) -> Params:
     """Adds P theta to the targeted leaves of a frozen model (arXiv 2605.14841).
 
     Pure; works under jit, grad (reverse mode), vmap, scan and shard_map. The gradient with respect to theta is P^T of the
@@ -85,7 +86,11 @@ def gpart_transform(
 
 
 def bind(
-    partition: Partition, theta, dropout: float = 0.0, key=None, split: dict[str, int | None] | None = None
+    partition: Partition,
+    theta: jax.Array,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+    split: dict[str, int | None] | None = None,
 ) -> Callable:
     """adapt(params, layer=None): `params`, or a part of the model such as one layer's, with P theta added where it belongs.
 
@@ -134,8 +139,8 @@ def bind(
             if split is None:
                 new = _deltas(region, these, keys, table, layer)
             else:  # a view that is one layer of a stacked leaf has an axis less
-                axes = [split[view.leaf.path] for view in views]
-                axes = tuple(a if a is None else a - (v.layer is not None) for a, v in zip(axes, views))
+                along = (split[view.leaf.path] for view in views)
+                axes = tuple(a if a is None else a - (v.layer is not None) for a, v in zip(along, views))
                 new = _deltas_on_mesh(region, these, axes, keys, table, layer)
             for view, delta in zip(views, new):
                 if key is not None:
@@ -249,7 +254,14 @@ def _parts(leaves, layer, axes, device, devices) -> list[Part | None]:
     return [part(leaf, axis) for leaf, axis in zip(leaves, axes)]
 
 
-def expand(region: Region, leaf: Leaf, key, table, layer=None, part: Part | None = None):
+def expand(
+    region: Region,
+    leaf: Leaf,
+    key: Array,
+    table: jax.Array,
+    layer: int | jax.Array | None = None,
+    part: Part | None = None,
+) -> jax.Array:
     """The entries of P theta in a leaf, from its region's table. Not for AD: its transpose is `contract`.
 
     Args:
@@ -270,7 +282,14 @@ def expand(region: Region, leaf: Leaf, key, table, layer=None, part: Part | None
     return jax.lax.dynamic_slice_in_dim(delta, start, length, axis)
 
 
-def contract(region: Region, leaves: Sequence[Leaf], keys, cotangents, layer=None, parts: Sequence[Part | None] = ()):
+def contract(
+    region: Region,
+    leaves: Sequence[Leaf],
+    keys: Sequence[Array],
+    cotangents: Sequence[jax.Array],
+    layer: int | jax.Array | None = None,
+    parts: Sequence[Part | None] = (),
+) -> jax.Array:
     """The transpose of `expand`: one table's cotangent, from those of several leaves' entries."""
     shape = (partitions.TABLES, 2 * region.d) if region.scheme == "balanced-v1" else (1, region.d)
     total, streamed = None, []
@@ -291,6 +310,7 @@ def contract(region: Region, leaves: Sequence[Leaf], keys, cotangents, layer=Non
         every, cotangents = zip(*streamed)
         sums = stream.contract(region, every, keys[0], cotangents, layer)  # a hashed region has one key
         total = sums if total is None else total + sums
+    assert total is not None  # there is a leaf
     return total.reshape(shape)
 
 
@@ -302,12 +322,12 @@ def _scatter(region: Region, leaf: Leaf, key, cotangent, layer, part: Part | Non
         and leaf.shape == cotangent.shape
         and region.scheme in partitions.SCHEMES
     ):
-        (n,), (step,) = leaf.shape, leaf.strides  # a long vector, as a matrix and what is left
+        (n,), (stride,) = leaf.shape, leaf.strides  # a long vector, as a matrix and what is left
         columns = min(1024, _PIECE)
         rows, rest = divmod(n, columns)
-        matrix = dataclasses.replace(leaf, shape=(rows, columns), strides=(columns * step, step))
+        matrix = dataclasses.replace(leaf, shape=(rows, columns), strides=(columns * stride, stride))
         total = _scatter(region, matrix, key, cotangent[: n - rest].reshape(rows, columns), layer, None, total)
-        last = dataclasses.replace(leaf, shape=(rest,), offset=leaf.offset + (n - rest) * step)
+        last = dataclasses.replace(leaf, shape=(rest,), offset=leaf.offset + (n - rest) * stride)
         return _scatter(region, last, key, cotangent[n - rest :], layer, None, total)
 
     shape = cotangent.shape

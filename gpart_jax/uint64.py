@@ -4,6 +4,9 @@ A value is a pair `(high, low)` of uint32 arrays. Everything is exact modulo 2^6
 once here for compiled programs, once in NumPy (`mix_host`) for tables and as the readable reference.
 """
 
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,9 +14,11 @@ GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's increment, and the two multipliers of
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 MASK = 2**64 - 1
 
+Word = TypeVar("Word", jax.Array, np.ndarray)
+
 
 @np.errstate(over="ignore")  # NumPy warns of the wrap-around only for scalars
-def mix_host(x):
+def mix_host(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser on NumPy uint64 (Steele, Lea and Flood 2014; constants of Stafford's variant 13)."""
     x = np.asarray(x, np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
@@ -22,38 +27,38 @@ def mix_host(x):
 
 
 @np.errstate(over="ignore")
-def stream_host(seed: int, j):
+def stream_host(seed: int, j: int | np.ndarray) -> np.ndarray:
     """Output number j of the SplitMix64 generator that starts at `seed`: mix(seed + (j + 1) * GAMMA) modulo 2^64."""
     j = np.asarray(j, np.uint64)
     return mix_host(np.uint64(seed) + (j + np.uint64(1)) * np.uint64(GAMMA))
 
 
-def split(x):
+def split(x: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """NumPy uint64 (or a Python int) -> the pair (high, low) of NumPy uint32."""
     x = np.asarray(x, np.uint64)
     return (x >> np.uint64(32)).astype(np.uint32), x.astype(np.uint32)
 
 
-def add(a, b):
+def add(a: tuple[Word, Word], b: tuple[Word, Word] | tuple[np.ndarray, np.ndarray]) -> tuple[Word, Word]:
     low = a[1] + b[1]
     return a[0] + b[0] + (low < a[1]).astype(jnp.uint32), low
 
 
-def multiply(a, constant: int):
+def multiply(a: tuple[Word, Word], constant: int) -> tuple[Word, Word]:
     """a * constant modulo 2^64, for a Python int constant."""
     c_high, c_low = split(constant)
     high, low = _widening_multiply(a[1], c_low)
     return high + a[0] * c_low + a[1] * c_high, low
 
 
-def mix(a):
+def mix(a: tuple[Word, Word]) -> tuple[Word, Word]:
     """SplitMix64's finaliser; equals `mix_host`."""
     a = multiply(_xor_shift_right(a, 30), _MULTIPLIERS[0])
     a = multiply(_xor_shift_right(a, 27), _MULTIPLIERS[1])
     return _xor_shift_right(a, 31)
 
 
-def remainder(a, d: int):
+def remainder(a: tuple[Word, Word], d: int) -> Word:
     """a mod d as uint32, for 1 <= d < 2^31."""
     rest = a[0] % np.uint32(d)
     bits = 32 - d.bit_length()  # so many low bits can join a remainder below d without leaving 32 bits

@@ -19,7 +19,6 @@ import time
 from typing import NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import NamedSharding
@@ -136,8 +135,9 @@ def matmul_flops(jaxpr, share: int) -> float:
                 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted) / share
             )
         trips = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            total += trips * matmul_flops(inner, share)
+        for inner in jax.tree.leaves(equation.params):
+            if hasattr(inner, "eqns"):  # a jaxpr, as the body of a loop or of a function
+                total += trips * matmul_flops(inner, share)
     return total
 
 

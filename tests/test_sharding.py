@@ -254,7 +254,7 @@ def test_layers_one_by_one_are_the_whole_dropout_included():
     for number in range(3):
         one = jax.tree.map(lambda x: x[number], params["layers"])
         one = jax.jit(lambda x, n: adapt({"layers": x}, layer=n))(one, number)["layers"]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[number], rtol=1e-6), one, whole)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[number], rtol=1e-6, atol=1e-8), one, whole)
 
 
 @pytest.mark.parametrize("change", [{"stacked": None}, {"scope": "block"}])

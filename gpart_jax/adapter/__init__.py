@@ -14,19 +14,31 @@ import inspect
 import logging
 import math
 import operator
+import os
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from gpart_jax import sharding
 from gpart_jax.adapter import file
 from gpart_jax.adapter.fingerprint import base_fingerprint
 from gpart_jax.methods import METHODS, Method, from_spec
 from gpart_jax.partition import SIGNED_MAGNITUDE
-from gpart_jax.targets import Layout, Leaf, Targets, canonical_layout, named_leaves, replace_leaves, select
+from gpart_jax.targets import (
+    Layout,
+    Leaf,
+    Params,
+    PyTree,
+    Targets,
+    canonical_layout,
+    named_leaves,
+    replace_leaves,
+    select,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +60,7 @@ class Merged(NamedTuple):
     update: |P theta| in the same norm, the root of the sum of squares.
     """
 
-    params: Any
+    params: PyTree
     kept: dict
     rounding: float
     update: float
@@ -61,7 +73,7 @@ class Unmerged(NamedTuple):
     head's, if they weren't: that one is left as it is.
     """
 
-    params: Any
+    params: PyTree
     error: dict[str, float]
 
 
@@ -87,7 +99,14 @@ class Adapter:
     metadata: dict
 
     @classmethod
-    def of(cls, spec: dict, trainable, params, head_targets: Targets = None, metadata: dict | None = None) -> "Adapter":
+    def of(
+        cls,
+        spec: dict,
+        trainable: PyTree,
+        params: PyTree,
+        head_targets: Targets = None,
+        metadata: dict | None = None,
+    ) -> "Adapter":
         """What was trained on `params`. Under several processes all call it.
 
         Args:
@@ -117,7 +136,7 @@ class Adapter:
         """The leaves of the head that were trained beside theta, by path."""
         return {name.removeprefix("head/"): x for name, x in self.tensors.items() if name.startswith("head/")}
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Writes the file, whole or not at all. Under several processes all call it, and the first writes.
 
         Raises:
@@ -130,7 +149,7 @@ class Adapter:
             fields["method"] = self.method | {"targets": _to_plain(targets)}
         sharding.on_first_process(lambda: file.write(path, fields, self.tensors))
 
-    def on(self, params, merged: bool = False) -> tuple[Method, dict]:
+    def on(self, params: PyTree, merged: bool = False) -> tuple[Method, dict]:
         """(method, trainable): `method.apply(params, trainable)` is the adapted model. Under several processes all call it.
 
         Args:
@@ -161,12 +180,12 @@ class Adapter:
             raise ValueError(f"The adapter is damaged: its tensors should be {wanted}, but are {stored}.")
         return method, replace_leaves(shapes, {name: jnp.asarray(array) for name, array in self.tensors.items()})
 
-    def apply(self, params, key: jax.Array | None = None):
+    def apply(self, params: Params, key: jax.Array | None = None) -> Params:
         """The adapted model, as `gpart_transform` gives it; a key turns on dropout. Raises as `on` does."""
         method, trainable = self.on(params)
         return method.apply(params, trainable, key)
 
-    def merge(self, params, dtype=None) -> Merged:
+    def merge(self, params: PyTree, dtype: DTypeLike | None = None) -> Merged:
         """The adapted model to keep, each leaf where the frozen one lies. Under several processes all call it.
 
         Args:
@@ -196,7 +215,7 @@ class Adapter:
         kept = {path: leaf for path, leaf in named_leaves(params) if path in new}
         return Merged(replace_leaves(params, new), kept, float(rounding), float(update))
 
-    def unmerge(self, params, kept: dict | None = None) -> Unmerged:
+    def unmerge(self, params: PyTree, kept: dict | None = None) -> Unmerged:
         """The frozen model from the merged one: bit for bit with the `kept` leaves of `merge`, else as near as it can be.
 
         Without them P theta is subtracted; what rounding took from the weights stays lost. Says so, and by how much.
@@ -245,7 +264,7 @@ class Adapter:
         return float(np.linalg.norm(self.theta.astype(np.float64)))
 
 
-def load(path) -> Adapter:
+def load(path: str | os.PathLike) -> Adapter:
     """Reads a file that `Adapter.save` wrote.
 
     Raises:
@@ -291,12 +310,12 @@ def average(adapters: list[Adapter], weights: list[float] | None = None) -> Adap
         raise ValueError(
             f"The mean of {first.method['name']!r} adapters isn't the mean of their models. Merge them first."
         )
-    weights = np.ones(len(adapters)) if weights is None else np.asarray(weights, np.float64)
-    if weights.shape != (len(adapters),) or not np.isfinite(weights).all() or not weights.sum():
-        raise ValueError(f"weights must be {len(adapters)} numbers whose sum isn't zero, not {weights}.")
-    weights = weights / weights.sum()
+    shares = np.ones(len(adapters)) if weights is None else np.asarray(weights, np.float64)
+    if shares.shape != (len(adapters),) or not np.isfinite(shares).all() or not shares.sum():
+        raise ValueError(f"weights must be {len(adapters)} numbers whose sum isn't zero, not {shares}.")
+    weighted = list(zip(shares / shares.sum(), adapters))
     tensors = {
-        name: sum(w * one.tensors[name].astype(np.float64) for w, one in zip(weights, adapters)).astype(x.dtype)
+        name: sum((w * one.tensors[name].astype(np.float64) for w, one in weighted), np.float64(0)).astype(x.dtype)
         for name, x in first.tensors.items()
     }
     return dataclasses.replace(first, tensors=tensors, metadata={})
@@ -315,12 +334,14 @@ def check_shared(a: Adapter, b: Adapter) -> None:
         raise ValueError(f"The adapters don't share a partition: {shown}.")
 
 
-def save_adapter(path, spec: dict, trainable, params, head_targets: Targets = None) -> None:
+def save_adapter(
+    path: str | os.PathLike, spec: dict, trainable: PyTree, params: PyTree, head_targets: Targets = None
+) -> None:
     """`Adapter.of(...).save(path)`."""
     Adapter.of(spec, trainable, params, head_targets).save(path)
 
 
-def load_adapter(path, params) -> tuple[Method, dict]:
+def load_adapter(path: str | os.PathLike, params: PyTree) -> tuple[Method, dict]:
     """`load(path).on(params)`, with the path in what it raises."""
     adapter = load(path)
     try:

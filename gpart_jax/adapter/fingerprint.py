@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpart_jax.targets import Targets, select
+from gpart_jax.targets import PyTree, Targets, select
 
 
-def base_fingerprint(params, head_targets: Targets = None) -> str:
+def base_fingerprint(params: PyTree, head_targets: Targets = None) -> str:
     """16 hexadecimal digits of the path, shape and checksum of each leaf outside the head. All processes call it.
 
     Any one weight of a leaf that changes changes it, and several do but for one case in 2^32. Weights enter rounded to

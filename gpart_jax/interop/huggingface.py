@@ -3,7 +3,8 @@
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,13 @@ from gpart_jax.models.decoder import FAMILIES, Decoder
 from gpart_jax.models.encoder import EncoderClassifier
 from gpart_jax.models.storage import locate, read_config
 from gpart_jax.models.vit import ViTClassifier
+from gpart_jax.targets import PyTree
 
-LOAD = {"bert": pretrained.load_encoder, "roberta": pretrained.load_encoder, "vit": pretrained.load_vit}
+LOAD: dict[str, Callable[..., tuple[nn.Module, dict]]] = {
+    "bert": pretrained.load_encoder,
+    "roberta": pretrained.load_encoder,
+    "vit": pretrained.load_vit,
+}
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"
 )  # fmt: skip
@@ -32,7 +38,7 @@ def _save_decoder(directory, model, params, labels):
 SAVE = {EncoderClassifier: pretrained.save, ViTClassifier: pretrained.save, Decoder: _save_decoder}
 
 
-def load_base(source: str | os.PathLike, adapter: Adapter | None = None):
+def load_base(source: str | os.PathLike, adapter: Adapter | None = None) -> tuple[nn.Module, dict]:
     """(model, params): a pretrained model, a classifier's head with as many outputs as the adapter's, or as its config says.
 
     Args:
@@ -42,7 +48,8 @@ def load_base(source: str | os.PathLike, adapter: Adapter | None = None):
       FileNotFoundError, ValueError: as `load_encoder`; a family that isn't here.
     """
     where = locate(source)
-    config = read_config(where) if where.is_dir() else {"model_type": "llama"}  # of GGUF files, Llamas alone
+    # Of GGUF files, Llamas alone.
+    config: dict[str, Any] = read_config(where) if where.is_dir() else {"model_type": "llama"}
     family = config.get("model_type")
     if family in FAMILIES:
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
@@ -58,7 +65,7 @@ def load_base(source: str | os.PathLike, adapter: Adapter | None = None):
 def export(
     directory: str | os.PathLike,
     model: nn.Module,
-    params,
+    params: PyTree,
     *,
     labels: Sequence[str] | None = None,
     tokenizer: str | os.PathLike | None = None,
@@ -84,7 +91,9 @@ def export(
 
     def write():
         SAVE[type(model)](directory, model, whole, labels)
-        for name in TOKENIZER if tokenizer is not None else ():
+        if tokenizer is None:
+            return
+        for name in TOKENIZER:
             if (file := locate(tokenizer) / name).is_file():
                 shutil.copyfile(file, pathlib.Path(directory) / name)
 

@@ -20,7 +20,7 @@ import json
 import os
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -31,7 +31,7 @@ from gpart_jax import sharding
 from gpart_jax.adapter import Adapter
 from gpart_jax.models import pretrained, pretrained_decoder
 from gpart_jax.models.storage import replace
-from gpart_jax.targets import Layout, Leaf, named_leaves
+from gpart_jax.targets import Layout, Leaf, PyTree, named_leaves
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 THETA, PREFIX = "base_model.gpart_theta_d", "base_model.model."
@@ -43,7 +43,7 @@ VIT_5 = {  # what transformers 5 calls the modules of a ViT's layers
     "intermediate": "mlp.fc1",
     "output": "mlp.fc2",
 }
-_FIXED = {  # options of theirs, and the values that we can read
+_FIXED: dict[str, tuple] = {  # options of theirs, and the values that we can read
     "peft_type": ("GPART",),
     "assignment_backend": ("stateless", "implicit_stateless_v1"),
     "projection_type": ("partition",),
@@ -68,7 +68,9 @@ class Linear(NamedTuple):
     layer: int | None  # of a stacked leaf
 
 
-def layout(model: nn.Module, params, target_modules: list[str] | str, *, bias: bool = False, **layers) -> Layout:
+def layout(
+    model: nn.Module, params: PyTree, target_modules: list[str] | str, *, bias: bool = False, **layers: Any
+) -> Layout:
     """How their release numbers the weights of those modules: what to train with for an adapter that `write` can write.
 
       method = gpart(d=4096, seed=42, scheme="splitmix64", targets=peft.layout(model, params, ["query", "value"]))
@@ -91,7 +93,7 @@ def layout(model: nn.Module, params, target_modules: list[str] | str, *, bias: b
     raise ValueError(f"target_modules {target_modules} match no linear module. Their names look like {some}.")
 
 
-def read(directory: str | os.PathLike, model: nn.Module, params) -> Adapter:
+def read(directory: str | os.PathLike, model: nn.Module, params: PyTree) -> Adapter:
     """An adapter that their release saved, or `write` wrote. Their config is kept as `adapter.metadata["peft"]`.
 
     Args:
@@ -140,7 +142,7 @@ def read(directory: str | os.PathLike, model: nn.Module, params) -> Adapter:
 
 
 def write(
-    directory: str | os.PathLike, adapter: Adapter, model: nn.Module, params, base_model: str | None = None
+    directory: str | os.PathLike, adapter: Adapter, model: nn.Module, params: PyTree, base_model: str | None = None
 ) -> None:
     """Writes an adapter as their release reads it. Under several processes all call it, and the first writes.
 
@@ -306,7 +308,8 @@ def _module(name: str) -> str:
 
 def _number(chosen: list[Linear], leaves: dict, bias: bool) -> Layout:
     """The layout of modules in the order of the model."""
-    first, shapes, strides, offset = {}, {}, {}, 0  # first: where a leaf starts, or each layer of a stacked one
+    first: dict[str, list[int]] = {}  # where a leaf starts, or each layer of a stacked one
+    shapes, strides, offset = {}, {}, 0
     for one in chosen:
         for path in (f"{one.path}/kernel", f"{one.path}/bias") if bias else (f"{one.path}/kernel",):
             if path not in leaves:

@@ -5,6 +5,8 @@ trainable = method.init(params, key)             # a dict of small pytrees: what
 params = method.apply(params, trainable, key)    # the adapted model; a key turns on dropout
 """
 
+from collections.abc import Callable
+
 import jax
 
 from gpart_jax.methods.base import Method, chain
@@ -12,9 +14,9 @@ from gpart_jax.methods.fastfood import fastfood
 from gpart_jax.methods.gpart import gpart
 from gpart_jax.methods.leaves import bitfit, full, head
 from gpart_jax.methods.lora import lora, uni_lora, vera
-from gpart_jax.targets import Targets
+from gpart_jax.targets import PyTree, Targets
 
-METHODS = {
+METHODS: dict[str, Callable[..., Method]] = {
     "gpart": gpart,
     "lora": lora,
     "uni_lora": uni_lora,
@@ -24,7 +26,21 @@ METHODS = {
     "head": head,
     "full": full,
 }
-__all__ = [*METHODS, "METHODS", "Method", "chain", "from_spec", "trained_numbers"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "bitfit",
+    "chain",
+    "fastfood",
+    "from_spec",
+    "full",
+    "gpart",
+    "head",
+    "lora",
+    "trained_numbers",
+    "uni_lora",
+    "vera",
+]
 
 
 def from_spec(spec: dict, head_targets: Targets = None) -> Method:
@@ -51,6 +67,6 @@ def from_spec(spec: dict, head_targets: Targets = None) -> Method:
     return method if head_targets is None else chain(method, head(head_targets))
 
 
-def trained_numbers(trainable) -> int:
+def trained_numbers(trainable: PyTree) -> int:
     """How many numbers a trainable holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(trainable))

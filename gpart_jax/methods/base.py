@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gpart_jax.sharding import one_copy
-from gpart_jax.targets import Layout, canonical_layout, named_leaves, replace_leaves
+from gpart_jax.targets import Layout, Params, PyTree, Targets, canonical_layout, named_leaves, replace_leaves
 
 
 def _none(params):
@@ -27,11 +27,11 @@ class Method(NamedTuple):
       differ in their seed alone have tables of one structure, and any one's `bind` takes any other's tables.
     """
 
-    init: Callable[[Any, jax.Array], dict]
+    init: Callable[[PyTree, jax.Array], dict]
     bind: Callable[..., Callable]
-    tables: Callable[[Any], Any] = _none
+    tables: Callable[[PyTree], PyTree] = _none
 
-    def apply(self, params, trainable, key=None, tables=None):
+    def apply(self, params: Params, trainable: dict, key: jax.Array | None = None, tables: PyTree = None) -> Params:
         """The adapted params; a key turns on dropout on the delta."""
         return self.bind(params, trainable, key, False, tables)(params)
 
@@ -40,7 +40,7 @@ def chain(*methods: Method) -> Method:
     """Methods side by side: `chain(gpart(...), head("^classifier/"))` trains theta and the head. Applied in order."""
 
     def init(params, key):
-        trainable = {}
+        trainable: dict = {}
         for number, method in enumerate(methods):
             part = method.init(params, jax.random.fold_in(key, number))
             if shared := trainable.keys() & part.keys():
@@ -66,7 +66,7 @@ def chain(*methods: Method) -> Method:
     return Method(init, bind, make_tables)
 
 
-def layer_of(tree, layer):
+def layer_of(tree: Params, layer: int | jax.Array | None) -> Params:
     """One layer of trained or random numbers that are stacked as their leaf is; all of them where `layer` is None."""
     return tree if layer is None else jax.tree.map(lambda x: x[layer], tree)
 
@@ -84,7 +84,7 @@ def adding(deltas: Callable[[str, Any], jax.Array | None]) -> Callable:
     return adapt
 
 
-def matrices(params, targets, method: str, stacked: str | None = None) -> Layout:
+def matrices(params: PyTree, targets: Targets | Layout, method: str, stacked: str | None = None) -> Layout:
     """The layout of the targeted leaves, which must be matrices (in, out), or several (..., in, out).
 
     Raises:
@@ -97,6 +97,6 @@ def matrices(params, targets, method: str, stacked: str | None = None) -> Layout
     return layout
 
 
-def one_of(copies, on_mesh: bool):
+def one_of(copies: Params, on_mesh: bool) -> Params:
     """The trained numbers themselves, from their copies on a mesh."""
     return one_copy(copies) if on_mesh else copies

@@ -71,10 +71,10 @@ def _expand(leaf: Leaf, layer, key, theta):
     shape = leaf.shape if layer is None else leaf.shape[1:]
     size, length = math.prod(shape), len(theta)
     offsets = np.array([piece.offset for piece in leaf.layers()], np.int64)
-    first, skip = np.divmod(offsets, length)
-    blocks = -(-(int(skip.max()) + size) // length)
+    numbers, skips = np.divmod(offsets, length)
+    blocks = -(-(int(skips.max()) + size) // length)
     at = 0 if layer is None else layer
-    first, skip = (jnp.asarray(x.astype(np.int32))[at] for x in (first, skip))
+    first, skip = (jnp.asarray(x.astype(np.int32))[at] for x in (numbers, skips))
     rows = _blocks(key, first + jnp.arange(blocks), theta)  # (blocks, L)
     return jax.lax.dynamic_slice(rows.reshape(-1), (skip,), (size,)).reshape(shape)
 

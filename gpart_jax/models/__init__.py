@@ -1,1 +1,5 @@
 """Flax models, and pretrained weights for them."""
+
+from gpart_jax import requirements
+
+requirements.check_flax()

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from gpart_jax.sharding import whole
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
 }
@@ -124,7 +125,8 @@ class DecoderConfig:
         missing = [name for name in fields.values() if config.get(name) is None and name not in optional]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}. Add what the model was trained with.")
-        return cls(**{field: config.get(name) for field, name in fields.items()})
+        arguments: dict[str, Any] = {field: config.get(name) for field, name in fields.items()}
+        return cls(**arguments)
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of which `from_hf` makes this."""
@@ -159,7 +161,7 @@ class Cache(NamedTuple):
     filled: jax.Array  # int (), how many columns are written
 
     @classmethod
-    def empty(cls, config: DecoderConfig, rows: int, columns: int, dtype) -> "Cache":
+    def empty(cls, config: DecoderConfig, rows: int, columns: int, dtype: DTypeLike) -> "Cache":
         shape = (config.num_layers, rows, columns, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
@@ -194,7 +196,13 @@ class Decoder(nn.Module):
     remat: str = "full"  # of REMAT
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, adapt: Callable | None = None, cache: Cache | None = None):
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        adapt: Callable | None = None,
+        cache: Cache | None = None,
+    ) -> jax.Array | tuple[jax.Array, Cache]:
         config = self.config
         length = input_ids.shape[1]
         if length > config.max_positions:
@@ -286,7 +294,7 @@ class Attention(nn.Module):
             at = (number, 0, cache.filled, 0, 0)
             written = [jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, (key, value))]
             key, value = (array[number] for array in written)  # (B, S, K, D)
-            cache = Cache(*written, cache.filled)
+            cache = Cache(written[0], written[1], cache.filled)
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)  # (B, L, A, D)
         return _dense(config.hidden_size, self, "out")(mixed.reshape(batch, length, -1)), cache
 

@@ -9,13 +9,18 @@ In the comments B is the batch, L the length, H the hidden size, A the number of
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-ACTIVATIONS = {
+if TYPE_CHECKING:
+    from gpart_jax.models.vit import ViTConfig  # which imports this module
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_new": functools.partial(nn.gelu, approximate=True),
     "relu": nn.relu,
@@ -88,7 +93,8 @@ class EncoderConfig:
         missing = [name for name in fields.values() if config.get(name) is None and name != "classifier_dropout"]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}. Add what the model was trained with.")
-        return cls(**{field: config.get(name) for field, name in fields.items()})
+        arguments: dict[str, Any] = {field: config.get(name) for field, name in fields.items()}
+        return cls(**arguments)
 
 
 class EncoderClassifier(nn.Module):
@@ -115,7 +121,14 @@ class EncoderClassifier(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, token_type_ids=None, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        token_type_ids: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
         config = self.config
         hidden = Embeddings(config, self.dtype, name="embeddings")(input_ids, token_type_ids, train)  # (B, L, H)
         for index in range(config.num_layers):
@@ -174,7 +187,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    config: EncoderConfig
+    config: "EncoderConfig | ViTConfig"
     dtype: Any
 
     @nn.compact
@@ -208,12 +221,12 @@ class RobertaHead(nn.Module):
         return dense(self.config, self.num_labels, jnp.float32, "out_proj")(dropout(self.dropout, inner, train))
 
 
-def dense(config, features, dtype, name):
+def dense(config: "EncoderConfig | ViTConfig", features: int, dtype: DTypeLike, name: str) -> nn.Dense:
     init = nn.initializers.normal(config.initializer_range)
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
-def norm(config, dtype, name):
+def norm(config: "EncoderConfig | ViTConfig", dtype: DTypeLike, name: str) -> nn.LayerNorm:
     # Flax's fast variance, E[x^2] - E[x]^2, cancels badly where the mean is large.
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -228,7 +241,7 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or self.rate == 0:
             return x
         key, keep = self.make_rng("dropout"), 1 - self.rate
@@ -246,5 +259,5 @@ class Dropout(nn.Module):
         return jnp.where(kept, x / keep, 0)
 
 
-def dropout(rate, x, train):
+def dropout(rate: float, x: jax.Array, train: bool) -> jax.Array:
     return Dropout(rate)(x, train)

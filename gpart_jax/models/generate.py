@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpart_jax import sharding
 from gpart_jax.models.decoder import Cache, Decoder
+from gpart_jax.targets import PyTree
 
 COLUMNS = 64  # prompts are padded to a multiple of this: few lengths are compiled
 
@@ -27,7 +28,7 @@ class Continuation(NamedTuple):
 
 def generate(
     model: Decoder,
-    params,
+    params: PyTree,
     prompts: Sequence[Sequence[int]],
     *,
     eos: Sequence[int],
@@ -94,18 +95,18 @@ def generate(
 
     logits, cache = _read(model, mesh, params, ids, mask)
     found: list[list[int]] = [[] for _ in prompts]
-    ended: list[str | None] = [None for _ in prompts]
-    while None in ended:
+    ended = ["" for _ in prompts]
+    while "" in ended:
         new, logits, mask, cache = _write(model, mesh, steps, temperature, top_p, params, logits, mask, cache, key)
         for row, tokens in enumerate(np.asarray(new)[: len(prompts)].tolist()):
-            if ended[row] is None:
+            if not ended[row]:
                 found[row], ended[row] = _end(found[row] + tokens, len(found[row]), room[row], eos, stop, decode)
     return [Continuation(ids, reason) for ids, reason in zip(found, ended)]
 
 
-def _end(tokens: list[int], old: int, room: int, eos, stop, decode) -> tuple[list[int], str | None]:
-    """(tokens up to their first end, how they ended or None), where the first `old` tokens held none."""
-    tokens, ended = tokens[:room], "length" if len(tokens) >= room else None
+def _end(tokens: list[int], old: int, room: int, eos, stop, decode) -> tuple[list[int], str]:
+    """(tokens up to their first end, how they ended or ""), where the first `old` tokens held none."""
+    tokens, ended = tokens[:room], "length" if len(tokens) >= room else ""
     for count in range(old, len(tokens)):
         if tokens[count] in eos:
             tokens, ended = tokens[:count], "eos"
@@ -124,10 +125,10 @@ def _end(tokens: list[int], old: int, room: int, eos, stop, decode) -> tuple[lis
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _read(model: Decoder, mesh: Mesh, params, ids, mask):
     """(logits of the token after each prompt, float32 (rows, vocab_size); a cache of as many columns as the mask has)"""
-    config = model.config
+    config, (rows, columns) = model.config, mask.shape
     heads = None if config.num_kv_heads % mesh.shape["tensor"] else "tensor"
     placement = NamedSharding(mesh, P(None, ("data", "fsdp"), None, heads))
-    cache = Cache.empty(config, *mask.shape, model.dtype)
+    cache = Cache.empty(config, rows, columns, model.dtype)
     key, value = (jax.lax.with_sharding_constraint(array, placement) for array in (cache.key, cache.value))
     return model.apply({"params": params}, ids, mask, cache=Cache(key, value, cache.filled))
 

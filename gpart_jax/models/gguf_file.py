@@ -6,6 +6,7 @@ that a rotary pair lies in neighbouring rows and not half a head apart; here the
 
 import pathlib
 import re
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import gguf
@@ -87,7 +88,7 @@ class Quantized(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self.stored.shape))
 
-    def read(self, shape: tuple[int, ...], part=...) -> np.ndarray:
+    def read(self, shape: tuple[int, ...], part: tuple[slice, ...] | EllipsisType = ...) -> np.ndarray:
         """float32, as `storage.Tensor.read`."""
         check_shape(self, shape)
         try:

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,13 @@ import numpy as np
 import safetensors.numpy
 from flax import linen as nn
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from gpart_jax.models import encoder, vit
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
 from gpart_jax.models.storage import WEIGHTS, Tensor, locate, open_tensors, read_config, read_preprocessor, replace
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
+from gpart_jax.targets import PyTree
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,9 @@ LEAVES = {
 }  # fmt: skip
 
 
-def load_encoder(source: str | os.PathLike, num_labels: int, *, key: jax.Array, dtype=jnp.float32):
+def load_encoder(
+    source: str | os.PathLike, num_labels: int, *, key: jax.Array, dtype: DTypeLike = jnp.float32
+) -> tuple[EncoderClassifier, dict]:
     """A pretrained BERT (arXiv 1810.04805) or RoBERTa (arXiv 1907.11692) under a head of `num_labels` outputs.
 
     The head is the checkpoint's if it has one of `num_labels` outputs, and otherwise fresh: normal with the config's
@@ -98,7 +103,14 @@ def load_encoder(source: str | os.PathLike, num_labels: int, *, key: jax.Array, 
     return model, _load(directory, model, jax.eval_shape(model.init, key, token, token)["params"], key)
 
 
-def load_vit(source: str | os.PathLike, num_labels: int, *, key: jax.Array, dtype=jnp.float32, pooler: bool = False):
+def load_vit(
+    source: str | os.PathLike,
+    num_labels: int,
+    *,
+    key: jax.Array,
+    dtype: DTypeLike = jnp.float32,
+    pooler: bool = False,
+) -> tuple[ViTClassifier, dict]:
     """A pretrained ViT (arXiv 2010.11929) under a head of `num_labels` classes, as `load_encoder` does it.
 
     Args:
@@ -109,7 +121,8 @@ def load_vit(source: str | os.PathLike, num_labels: int, *, key: jax.Array, dtyp
     """
     directory = locate(source)
     described = read_preprocessor(directory)
-    normalised = {name: tuple(described[name]) for name in ("image_mean", "image_std") if name in described}
+    given = (name for name in ("image_mean", "image_std") if name in described)
+    normalised: dict[str, Any] = {name: tuple(described[name]) for name in given}
     config = dataclasses.replace(ViTConfig.from_hf(read_config(directory)), pooler=pooler, **normalised)
     model = ViTClassifier(config, num_labels, dtype)
     return model, _load(directory, model, jax.eval_shape(model.init, key, model.config.example)["params"], key)
@@ -125,8 +138,8 @@ def _load(directory: pathlib.Path, model: nn.Module, shapes, key: jax.Array):
         for number, (path, leaf) in enumerate(expected.items()):
             if path.startswith(fresh):
                 params[path] = _draw(jax.random.fold_in(key, number), path, leaf.shape, config.initializer_range)
-            elif found[path]:
-                params[path] = _read(found[path], path, leaf.shape)
+            elif tensor := found[path]:
+                params[path] = _read(tensor, path, leaf.shape)
             else:
                 name = names(path, config.family)[0]
                 raise ValueError(
@@ -146,7 +159,7 @@ def names(path: str, family: str) -> list[str]:
 
 def _fresh(found: dict[str, Tensor | None], family: str, num_labels: int) -> tuple[str, ...]:
     """Which modules the checkpoint lacks that may be drawn instead of read; says so."""
-    fresh = ()
+    fresh: tuple[str, ...] = ()
     kernel = found["classifier/out_proj/kernel" if family == "roberta" else "classifier/kernel"]
     outputs = kernel.shape[0] if kernel else 0
     if outputs != num_labels:
@@ -179,7 +192,7 @@ def kernel_axes(path: str, ndim: int) -> tuple[int, ...]:
     return {2: (1, 0), 4: (2, 3, 1, 0)}[ndim]
 
 
-def save(directory: str | os.PathLike, model: nn.Module, params, labels: Sequence[str] | None = None) -> None:
+def save(directory: str | os.PathLike, model: nn.Module, params: PyTree, labels: Sequence[str] | None = None) -> None:
     """Writes a model as a Hugging Face directory, config.json and model.safetensors, that `transformers` loads too.
 
     Args:

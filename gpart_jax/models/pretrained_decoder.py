@@ -15,10 +15,12 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from gpart_jax import sharding
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.storage import WEIGHTS, locate, open_tensors, read_config, replace
+from gpart_jax.targets import PyTree
 
 MODULES = {  # our module -> the checkpoint's, where "#" is the number of the layer
     "embed": "model.embed_tokens",
@@ -42,7 +44,9 @@ ARCHITECTURES = {
 }
 
 
-def load_decoder(source: str | os.PathLike, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, remat: str = "full"):
+def load_decoder(
+    source: str | os.PathLike, *, mesh: Mesh | None = None, dtype: DTypeLike = jnp.bfloat16, remat: str = "full"
+) -> tuple[Decoder, dict]:
     """A pretrained Llama, Mistral, Qwen2 or Gemma.
 
     Args:
@@ -60,6 +64,7 @@ def load_decoder(source: str | os.PathLike, *, mesh: Mesh | None = None, dtype=j
     """
     mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     where = locate(source)
+    stored: dict
     with contextlib.ExitStack() as stack:
         config = read_decoder_config(where)
         if where.suffix == ".gguf":
@@ -130,7 +135,7 @@ def _turn(path: str) -> slice:
     return slice(None, None, -1 if path.endswith("/kernel") else 1)
 
 
-def save(directory: str | os.PathLike, model: Decoder, params, shard_bytes: int = 4 * 2**30) -> None:
+def save(directory: str | os.PathLike, model: Decoder, params: PyTree, shard_bytes: int = 4 * 2**30) -> None:
     """Writes a model as a Hugging Face directory that `transformers` loads too, with no more than a file in memory.
 
     Args:
@@ -143,8 +148,8 @@ def save(directory: str | os.PathLike, model: Decoder, params, shard_bytes: int 
     directory, config = pathlib.Path(directory), model.config
     directory.mkdir(parents=True, exist_ok=True)
     index = directory / f"{WEIGHTS}.index.json"
-    for file in (directory / WEIGHTS, index, *directory.glob("model-*-of-*.safetensors")):
-        file.unlink(missing_ok=True)
+    for old in (directory / WEIGHTS, index, *directory.glob("model-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
     described = config.to_hf() | {
         "architectures": [ARCHITECTURES[config.family]],
         "torch_dtype": str(np.dtype(model.param_dtype)),
@@ -152,7 +157,8 @@ def save(directory: str | os.PathLike, model: Decoder, params, shard_bytes: int 
     replace(directory / "config.json", lambda beside: beside.write_text(json.dumps(described, indent=2) + "\n"))
     leaves = traverse_util.flatten_dict(params, sep="/")
     slices = [(name, path, n) for path in leaves for n, name in enumerate(names(path, config))]
-    shards, size = [[]], 0
+    shards: list[list[tuple[str, str, int]]] = [[]]
+    size = 0
     for name, path, n in sorted(slices, key=lambda entry: (entry[2], entry[1])):  # a layer's tensors lie together
         held = leaves[path].nbytes // (config.num_layers if _is_stacked(path) else 1)
         if shards[-1] and size + held > shard_bytes:

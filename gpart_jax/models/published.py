@@ -1,5 +1,7 @@
 """The shapes of published models, as in the config.json of each on the Hugging Face hub: for dry runs and benchmarks."""
 
+from typing import Any
+
 _ROBERTA = dict(
     model_type="roberta", vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5,
     pad_token_id=1, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, hidden_act="gelu",
@@ -8,7 +10,7 @@ _QWEN2 = dict(model_type="qwen2", vocab_size=151_936, rms_norm_eps=1e-6, rope_th
 
 _VIT = dict(model_type="vit", image_size=224, patch_size=16, num_channels=3, layer_norm_eps=1e-12, hidden_act="gelu")
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "google/vit-base-patch16-224-in21k": _VIT
     | dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "google/vit-large-patch16-224-in21k": _VIT
@@ -30,6 +32,11 @@ CONFIGS = {
             rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=8192,
         ),
+    ),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": dict(
+        model_type="llama", vocab_size=32_000, hidden_size=2048, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, intermediate_size=5632, max_position_embeddings=2048, rms_norm_eps=1e-5,
+        rope_theta=10_000.0, hidden_act="silu", tie_word_embeddings=False,
     ),
     "google/gemma-7b": dict(
         model_type="gemma", vocab_size=256_000, hidden_size=3072, num_hidden_layers=28, num_attention_heads=16,

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,7 +116,7 @@ class Tensor(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.opened.get_slice(self.name).get_shape())
 
-    def read(self, shape: tuple[int, ...], part=...) -> np.ndarray:
+    def read(self, shape: tuple[int, ...], part: tuple[slice, ...] | EllipsisType = ...) -> np.ndarray:
         """The tensor as it is stored, of a floating type; or the part of it at an index of slices.
 
         Raises:
@@ -125,10 +126,10 @@ class Tensor(NamedTuple):
         dtype = self.opened.get_slice(self.name).get_dtype()
         if dtype not in ("F32", "F16", "BF16"):
             raise ValueError(f"{self.file}: tensor {self.name!r} is {dtype}. Save it as float32, float16 or bfloat16.")
-        return self.opened.get_slice(self.name)[part]
+        return self.opened.get_tensor(self.name) if part is ... else self.opened.get_slice(self.name)[part]
 
 
-def check_shape(tensor, shape: tuple[int, ...]) -> None:
+def check_shape(tensor: Any, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(
             f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, but its config asks for {shape}. "
@@ -152,7 +153,7 @@ def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[s
                 "transformers and save it again."
             )
         files = [directory / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, though {index.name} lists it. Download or copy it again.")

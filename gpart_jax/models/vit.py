@@ -25,7 +25,7 @@ HF_NAMES = {  # fields of ViTConfig that config.json calls otherwise
     "attention_dropout": "attention_probs_dropout_prob",
     "family": "model_type",
 }
-HF_DEFAULTS = {  # of their class, which older files leave out
+HF_DEFAULTS: dict[str, Any] = {  # of their class, which older files leave out
     "image_size": 224, "patch_size": 16, "num_channels": 3, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu", "qkv_bias": True,
 }  # fmt: skip
@@ -113,7 +113,7 @@ class ViTClassifier(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, pixel_values, *, train: bool = False) -> jax.Array:
+    def __call__(self, pixel_values: jax.Array, *, train: bool = False) -> jax.Array:
         config = self.config
         hidden = Embeddings(config, self.dtype, name="embeddings")(pixel_values, train)  # (B, L, H)
         for index in range(config.num_layers):
@@ -147,7 +147,7 @@ class Embeddings(nn.Module):
         first = self.param("class_token", init, (1, 1, config.hidden_size))
         learned = config.image_size // size
         position = self.param("position", init, (1, 1 + learned**2, config.hidden_size))
-        position = resize_positions(position, learned, patches.shape[1:3])
+        position = resize_positions(position, learned, (height // size, width // size))
         first = jnp.broadcast_to(first, (batch, 1, config.hidden_size)).astype(self.dtype)
         hidden = jnp.concatenate([first, patches.reshape(batch, -1, config.hidden_size)], axis=1)
         return dropout(config.hidden_dropout, hidden + position.astype(self.dtype), train)
