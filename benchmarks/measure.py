@@ -65,6 +65,10 @@ class Table:
 
 
 def save(table: Table, **figures) -> None:
-    """Writes a table and other figures to the file of --json, if there is one."""
+    """Writes a table, other figures and the device's peak memory so far to the file of --json, if there is one.
+
+    The peak is in bytes; None where the backend doesn't report it, as a CPU's doesn't.
+    """
     if flags.FLAGS.json:
-        pathlib.Path(flags.FLAGS.json).write_text(json.dumps({"table": table.rows} | figures, indent=1))
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        pathlib.Path(flags.FLAGS.json).write_text(json.dumps({"table": table.rows, "peak": peak} | figures, indent=1))

@@ -28,6 +28,9 @@ def main(_):
     for seed in range(flags.FLAGS.members):
         config = copy.deepcopy(flags.FLAGS.config)
         config.seed = seed
+        if flags.FLAGS.examples:
+            with config.unlocked():
+                config.task.train_examples = flags.FLAGS.examples
         configs.append(config.copy_and_resolve_references())
     with tempfile.TemporaryDirectory() as folder:
         together, alone = (
@@ -51,4 +54,5 @@ def main(_):
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to train: a file of configs/.")
     flags.DEFINE_integer("members", 5, "How many runs.", lower_bound=2)
+    flags.DEFINE_integer("examples", None, "To train on, the first so many; none: all.", lower_bound=1)
     app.run(main)

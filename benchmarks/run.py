@@ -4,9 +4,10 @@
   python -m benchmarks.run --suite=transform,step        # some
   python -m benchmarks.run --quick                       # few sizes and repeats, to see that all work
 
-Each is a script of its own with options of its own: `python -m benchmarks.<suite> --help`. Left to be started alone are
-`images`, `glue_step` (a recipe's step), `pytorch_step` (needs PyTorch), `accelerators` (needs plugins for GPU and TPU, which
-need not be here) and `endurance` (faults, no times).
+Each is a script of its own with options of its own: `python -m benchmarks.<suite> --help`. On an
+accelerator start `device` instead, which runs these at its size. Left to be started alone are `images`, `glue_step` (a recipe's
+step), `pytorch_step` (needs PyTorch), `accelerators` (needs plugins for GPU and TPU, which need not be here) and `endurance`
+(faults, no times).
 """
 
 import datetime
@@ -47,10 +48,35 @@ def machine() -> dict:
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": device.device_kind,
+        "platform": device.platform,
         "devices": jax.device_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
+
+
+def probe() -> dict:
+    """`machine()`, by a process of its own: what holds an accelerator keeps it from the benchmarks."""
+    command = "import json; from benchmarks.run import machine; print(json.dumps(machine()))"
+    found = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def measure(module: str, arguments: list[str], timeout: float | None = None) -> tuple[dict | None, str]:
+    """(figures, ""), of a benchmark in a process of its own that prints as it goes; or (None, why there are none).
+
+    Args:
+      timeout: seconds after which it is killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "figures.json"
+        try:
+            code = subprocess.run([sys.executable, "-m", module, *arguments, f"--json={file}"], timeout=timeout).returncode
+        except subprocess.TimeoutExpired:
+            return None, f"it was not done after {timeout:.0f} s"
+        if code or not file.exists():
+            return None, f"it ended with code {code}"
+        return json.loads(file.read_text()), ""
 
 
 def main(_):
@@ -59,27 +85,19 @@ def main(_):
         raise app.UsageError(
             f"--suite={','.join(options.suite)}: {sorted(unknown)[0]!r} is none of {', '.join(SUITES)}."
         )
-    probe = subprocess.run(  # in a process of its own: what holds an accelerator keeps it from the benchmarks
-        [sys.executable, "-c", "import json; from benchmarks.run import machine; print(json.dumps(machine()))"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
     figures = {"date": datetime.datetime.now().isoformat(timespec="minutes"), "command": " ".join(sys.argv[1:])}
-    figures["machine"] = json.loads(probe.stdout.splitlines()[-1])
+    figures["machine"] = probe()
     print(", ".join(f"{name} {value}" for name, value in figures["machine"].items()))
     failed = []
     for suite in options.suite:
         what, quick = SUITES[suite]
-        with tempfile.TemporaryDirectory() as folder:
-            file = pathlib.Path(folder) / "figures.json"
-            arguments = quick if options.quick else FULL.get(suite, [])
-            print(f"\n# {suite}: {what}\n\n    python -m benchmarks.{suite} {' '.join(arguments)}\n", flush=True)
-            code = subprocess.run(
-                [sys.executable, "-m", f"benchmarks.{suite}", *arguments, f"--json={file}"]
-            ).returncode
-            if code or not file.exists():
-                failed.append(suite)
-            else:
-                figures[suite] = json.loads(file.read_text())
+        arguments = quick if options.quick else FULL.get(suite, [])
+        print(f"\n# {suite}: {what}\n\n    python -m benchmarks.{suite} {' '.join(arguments)}\n", flush=True)
+        found, why = measure(f"benchmarks.{suite}", arguments)
+        if found is None:
+            failed.append(f"{suite} ({why})")
+        else:
+            figures[suite] = found
         pathlib.Path(options.output).write_text(json.dumps(figures, indent=1))
     print(f"\nFigures: {options.output}")
     if failed:

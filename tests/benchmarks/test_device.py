@@ -1,0 +1,80 @@
+"""The evidence kit on a CPU: every part runs, its tables are whole, and what is done isn't done again."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import app
+
+from benchmarks import check, device
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(folder, *arguments):
+    command = [sys.executable, "-m", "benchmarks.device", *arguments]
+    where = [f"--figures={folder / 'device.json'}", f"--docs={folder}"]
+    return subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_smoke_run_does_every_part_once_and_leaves_no_empty_cell(tmp_path):
+    done = run(tmp_path, "--smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "device.json").read_text())
+    assert figures["smoke"] and figures["machine"]["platform"] == "cpu"
+    parts = figures["runs"]["1"]
+    assert list(parts) == list(device.PARTS)
+    for name, part in parts.items():
+        if "left_out" in part:
+            assert name.startswith("pytorch") and part["left_out"] == device.missing(name)
+        else:
+            assert part["table"] and part["took"] < 300
+            assert all(str(cell).strip() for row in part["table"] for cell in row.values()), name
+    assert all(cell in ("equal", "within") for row in parts["check"]["table"] for cell in list(row.values())[4:7])
+    page = (tmp_path / "device-cpu.md").read_text()
+    assert "smoke run" in page and all(f"## {part.what}\n" in page for part in device.PARTS.values())
+    assert "| |" not in page and page.count("\n| --- |") == sum("table" in part for part in parts.values())
+
+    parts.pop("transform")
+    (tmp_path / "device.json").write_text(json.dumps(figures))
+    done = run(tmp_path, "--smoke", "--parts=check,transform")
+    assert done.returncode == 0 and done.stdout.count("has it already") == 1
+    again = json.loads((tmp_path / "device.json").read_text())["runs"]["1"]
+    assert again.keys() == set(device.PARTS) and again["check"] == parts["check"]
+
+
+def test_without_an_accelerator_it_says_what_to_install(tmp_path):
+    done = run(tmp_path, "--parts=check")
+    assert done.returncode == 1 and "jax[cuda12], jax[cuda13] or jax[tpu]" in done.stderr and "--smoke" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "doesn't hold figures of this kit"),
+        ('{"table": []}', "doesn't hold figures of this kit"),
+        ('{"machine": {"device": "TPU v5e"}, "smoke": false, "runs": {}}', "device is TPU v5e there and cpu here"),
+        ('{"machine": {"device": "cpu"}, "smoke": true, "runs": {}}', "of a smoke run"),
+    ],
+)
+def test_figures_of_another_machine_or_kind_are_left_alone(tmp_path, text, message):
+    (tmp_path / "device.json").write_text(text)
+    with pytest.raises(app.UsageError, match=message):
+        device.read(tmp_path / "device.json", {"device": "cpu"}, False)
+    assert (tmp_path / "device.json").read_text() == text
+
+
+def test_the_check_finds_a_wrong_group(monkeypatch):
+    if jax.device_count() % 2:
+        pytest.fail("the mesh of this test needs an even number of devices")
+    right = check.check("mesh", "balanced-v1", "float32", 300, 2, 32)
+    assert right[:3] == ["equal", "within", "equal"] and float(right[3]) <= 2
+    group_ids = check.group_ids
+    monkeypatch.setattr(check, "group_ids", lambda region, index, rho: (group_ids(region, index, rho) + (index == 0)) % 300)
+    wrong = check.check("leaves", "balanced-v1", "float32", 300, 2, 32)
+    assert wrong[0].startswith("wrong in 1 of") and wrong[1].startswith("wrong in 1 of")
+    assert wrong[2] == "wrong in 2 of 300" and wrong[3].startswith("wrong")
