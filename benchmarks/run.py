@@ -4,10 +4,9 @@
   python -m benchmarks.run --suite=transform,step        # some
   python -m benchmarks.run --quick                       # few sizes and repeats, to see that all work
 
-Each is a script of its own with options of its own: `python -m benchmarks.<suite> --help`. On an
-accelerator start `device` instead, which runs these at its size. Left to be started alone are `images`, `glue_step` (a recipe's
-step), `pytorch_step` (needs PyTorch), `accelerators` (needs plugins for GPU and TPU, which need not be here) and `endurance`
-(faults, no times).
+Each is a script of its own with options of its own: `python -m benchmarks.<suite> --help`. On an accelerator start `device`
+instead, which runs these at its size. Left to be started alone are `images`, `glue_step` (a recipe's step), `pytorch_step` (needs
+PyTorch), `accelerators` (needs plugins for GPU and TPU, which need not be here) and `endurance` (faults, no times).
 """
 
 import datetime
@@ -63,20 +62,20 @@ def probe() -> dict:
 
 
 def measure(module: str, arguments: list[str], timeout: float | None = None) -> tuple[dict | None, str]:
-    """(figures, ""), of a benchmark in a process of its own that prints as it goes; or (None, why there are none).
+    """(figures, what went wrong or ""), of a benchmark in a process of its own that prints as it goes.
 
-    Args:
-      timeout: seconds after which it is killed.
+    A benchmark that failed, or was killed after `timeout` seconds, leaves the figures that it had so far; None if it had none.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / "figures.json"
+        file, wrong = pathlib.Path(folder) / "figures.json", ""
         try:
             code = subprocess.run([sys.executable, "-m", module, *arguments, f"--json={file}"], timeout=timeout).returncode
+            wrong = f"it ended with code {code}" if code else ""
         except subprocess.TimeoutExpired:
-            return None, f"it was not done after {timeout:.0f} s"
-        if code or not file.exists():
-            return None, f"it ended with code {code}"
-        return json.loads(file.read_text()), ""
+            wrong = f"it was not done after {timeout:.0f} s"
+        if not file.exists():
+            return None, wrong or "it wrote no figures"
+        return json.loads(file.read_text()), wrong
 
 
 def main(_):
@@ -93,10 +92,10 @@ def main(_):
         what, quick = SUITES[suite]
         arguments = quick if options.quick else FULL.get(suite, [])
         print(f"\n# {suite}: {what}\n\n    python -m benchmarks.{suite} {' '.join(arguments)}\n", flush=True)
-        found, why = measure(f"benchmarks.{suite}", arguments)
-        if found is None:
-            failed.append(f"{suite} ({why})")
-        else:
+        found, wrong = measure(f"benchmarks.{suite}", arguments)
+        if wrong:
+            failed.append(f"{suite} ({wrong})")
+        if found:
             figures[suite] = found
         pathlib.Path(options.output).write_text(json.dumps(figures, indent=1))
     print(f"\nFigures: {options.output}")

@@ -68,7 +68,11 @@ def main(_):
     for name, dtype in itertools.product(options.models, options.dtypes):
         n, steps, facts = compiled_steps(name, dtype, options.rows, options.length, options.d)
         seconds = in_turn(steps, options.repeats, limit=options.repeats * 60.0)
-        for step, (trained, *memory) in facts.items():
+        for step, known in facts.items():
+            if known is None:
+                table.add(f"{name}, N = {n:,}", dtype, step, *["does not fit"] * 5)
+                continue
+            trained, *memory = known
             over = ratios(seconds[step], seconds["given"])
             middle = statistics.median(seconds[step])
             sizes = (f"{size / 1e6:,.0f}" for size in memory)
@@ -117,7 +121,7 @@ def specs(name: str, targets: str, d: int) -> dict[str, dict]:
 
 
 def compiled_steps(name: str, dtype: str, rows: int, length: int, d: int):
-    """(N, {step: call}, {step: (trained numbers, bytes beside the arguments, bytes in all)})."""
+    """(N, {step: call}, {step: (trained numbers, bytes beside the arguments, bytes in all)}); None for one without room."""
     loss, frozen, batch, shardings, targets, head, head_targets = build(name, dtype, rows, length)
     optimizer, key_data = optax.adamw(1e-3), jax.random.key_data(jax.random.key(0))
     mesh = jax.tree.leaves(shardings)[0].mesh
@@ -137,11 +141,18 @@ def compiled_steps(name: str, dtype: str, rows: int, length: int, d: int):
     facts["given"] = sum(x.size for x in heads.values()), *needed(program)
     calls["given"] = stepping(program, *jax.tree.map(jnp.copy, (heads, state)), frozen, batch)
     for label, spec in specs(name, targets, d).items():
-        step, trainable, state, tables = start(spec)
-        arguments = frozen, batch, key_data, 0, tables
-        program = step.lower(trainable, state, *arguments).compile()
-        facts[label] = trained_numbers(trainable), *needed(program)
-        calls[label] = stepping(program, trainable, state, *arguments)
+        try:
+            step, trainable, state, tables = start(spec)
+            arguments = frozen, batch, key_data, 0, tables
+            program = step.lower(trainable, state, *arguments).compile()
+            call = stepping(program, trainable, state, *arguments)
+            jax.block_until_ready(call())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            facts[label] = None
+        else:
+            facts[label], calls[label] = (trained_numbers(trainable), *needed(program)), call
     n = canonical_layout(frozen, targets).size
     return n, calls, facts
 
