@@ -61,6 +61,7 @@ def torch_steps(directory: str, batch: dict, d: int, options) -> dict[str, Step]
     from torch.utils.checkpoint import checkpoint
     from transformers import AutoModelForSequenceClassification
 
+    torch.manual_seed(0)  # of LoRA's and UniLoRA's beginnings
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = AutoModelForSequenceClassification.from_pretrained(directory).to(device).eval().requires_grad_(False)
     frozen = {name: x for name, x in model.named_parameters() if name.endswith(("query.weight", "value.weight"))}
