@@ -5,6 +5,7 @@ import re
 import warnings
 
 OLDEST_JAX, NEWEST_JAX = "0.9.2", "0.12.0"  # .ci/run runs the core tests with both
+FLAX_FOR = {"0.11.2": "0.12.10", "0.11.1": "0.12.9", "0.11.0": "0.12.7"}  # from this JAX on, the oldest Flax that can be imported
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -31,8 +32,9 @@ def check_flax() -> None:
             f"The models of gpart_jax need {error.name}, which isn't installed. "
             "To install all that they need: pip install 'gpart_jax[experiments]'"
         ) from None
-    if _release(flax) < (0, 12, 9) and _release(jax) >= (0, 11, 1):
-        raise ImportError(
-            f"Flax {flax} can't be imported with JAX {jax}: Flax up to 0.12.8 needs JAX up to 0.11.0. "
-            "To upgrade: pip install 'flax>=0.12.9'. To keep this Flax: pip install 'jax<0.11.1'"
-        )
+    for newer, needed in FLAX_FOR.items():
+        if _release(jax) >= _release(newer) and _release(flax) < _release(needed):
+            raise ImportError(
+                f"Flax {flax} can't be imported with JAX {jax}, which needs Flax {needed} or newer. "
+                f"To upgrade: pip install 'flax>={needed}'. To keep this Flax: pip install 'jax<{newer}'"
+            )

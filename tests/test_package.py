@@ -146,11 +146,14 @@ def test_an_older_jax_gets_one_warning_at_import_that_names_the_tried_range(vers
 @pytest.mark.parametrize(
     "flax, jax, message",
     [
-        ("0.12.8", "0.11.1", "Flax 0.12.8 can't be imported with JAX 0.11.1"),
-        ("0.12.3", "0.12.0.1", "pip install 'flax>=0.12.9'"),
-        ("0.12.8", "0.11.0", None),
-        ("0.12.9", "0.12.0", None),
-        ("0.12.3", "0.9.2", None),
+        ("0.12.9", "0.12.0.1", "Flax 0.12.9 can't be imported with JAX 0.12.0.1, which needs Flax 0.12.10 or newer"),
+        ("0.12.8", "0.11.1", "pip install 'flax>=0.12.9'. To keep this Flax: pip install 'jax<0.11.1'"),
+        ("0.12.6", "0.11.0", "pip install 'flax>=0.12.7'"),
+        ("0.12.8", "0.11.2", "pip install 'flax>=0.12.10'. To keep this Flax: pip install 'jax<0.11.2'"),
+        ("0.12.10", "0.12.0", None),
+        ("0.12.9", "0.11.1", None),
+        ("0.12.7", "0.11.0", None),
+        ("0.12.3", "0.10.2", None),
         (None, "0.12.0", "need flax, which isn't installed"),
     ],
 )
