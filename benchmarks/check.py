@@ -158,7 +158,7 @@ def main(_):
     columns = "P theta", "W + P theta", "P^T exact", "P^T, error in millionths"
     table, failed = Table("scheme", "path", "dtype", "d", *columns), 0
     schemes = (*SCHEMES, SIGNED_MAGNITUDE)
-    for scheme, path, dtype, d in itertools.product(schemes, PATHS, ("float32", "bfloat16"), map(int, options.ds)):
+    for scheme, path, dtype, d in itertools.product(schemes, PATHS, options.dtypes, map(int, options.ds)):
         cells = check(path, scheme, dtype, d, options.layers, options.width)
         table.add(scheme, path, dtype, f"{d:,}", *cells)
         failed += any("wrong" in cell for cell in cells)
@@ -170,6 +170,7 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_list("ds", [512, 23_040], "Lengths of theta.")
+    flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of the weights.")
     flags.DEFINE_integer("layers", 6, "Layers of the stacked leaves.", lower_bound=1)
     flags.DEFINE_integer("width", 512, "Of the matrices; even.", lower_bound=2)
     app.run(main)

@@ -40,10 +40,14 @@ class Part(NamedTuple):
 
 DS = "--ds=512,4096,23040,524288"
 OTHERS = [f"--lowerings={name}" for name in ("balanced-v1, elements", "splitmix64", "signed_magnitude")]
+TINY = ["--ds=300", "--layers=2", "--width=32"]
 STEP = ["--rows=32", "--length=128"]
 TINY_STEP = ["--rows=2", "--length=8", "--d=300", "--repeats=1"]
 PARTS = {
-    "check": Part("P theta and its transpose against NumPy", "check", [], ["--ds=300", "--layers=2", "--width=32"]),
+    "check": Part("P theta and its transpose against NumPy, float32", "check", ["--dtypes=float32"], ["--dtypes=float32", *TINY]),
+    "check-bf16": Part(
+        "P theta and its transpose against NumPy, bfloat16", "check", ["--dtypes=bfloat16"], ["--dtypes=bfloat16", *TINY]
+    ),
     "transform": Part(
         "P theta over a copy, its transpose over a sum", "transform",
         ["--sizes=14155776", DS, "--lowerings=balanced-v1, stream"],

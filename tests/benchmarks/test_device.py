@@ -33,7 +33,8 @@ def test_the_smoke_run_does_every_part_once_and_leaves_no_empty_cell(tmp_path):
         else:
             assert part["table"] and not part["wrong"]
             assert all(str(cell).strip() for row in part["table"] for cell in row.values()), name
-    assert all(cell in ("equal", "within") for row in parts["check"]["table"] for cell in list(row.values())[4:7])
+    checks = parts["check"]["table"] + parts["check-bf16"]["table"]
+    assert len(checks) == 24 and all(cell in ("equal", "within") for row in checks for cell in list(row.values())[4:7])
     page = (tmp_path / "device-cpu.md").read_text()
     assert "smoke run" in page and all(f"## {part.what}\n" in page for part in device.PARTS.values())
     assert "| |" not in page and page.count("\n| --- |") == sum("table" in part for part in parts.values())
