@@ -1,4 +1,4 @@
-"""The evidence kit: all that one accelerator can tell, by one command. Checks, ratios, two trainings, a page of tables.
+"""The evidence kit: one command that checks, measures and trains on one accelerator, and writes a page of tables.
 
   python -m benchmarks.device                            # all parts, into device.json and docs/device-<kind>.md
   python -m benchmarks.device --parts=check,transform    # some parts; those that device.json has are kept

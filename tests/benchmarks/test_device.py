@@ -82,8 +82,7 @@ def test_figures_of_another_machine_or_kind_are_left_alone(tmp_path, text, messa
 
 
 def test_the_check_finds_a_wrong_group(monkeypatch):
-    if jax.device_count() % 2:
-        pytest.fail("the mesh of this test needs an even number of devices")
+    assert jax.device_count() % 2 == 0  # so that the mesh divides the weights too
     right = check.check("mesh", "balanced-v1", "float32", 300, 2, 32)
     assert right[:3] == ["equal", "within", "equal"] and float(right[3]) <= 2
     group_ids = check.group_ids
