@@ -5,7 +5,7 @@
   python -m benchmarks.accelerators --steps=roberta-base --ds=512,23040  # whole training steps, too: a minute each
 
 Of P theta added to 24 matrices of 768 x 768, of its transpose, and of a plain copy and sum of the same. For a GPU: kernels
-started, those in loops as often as the loop turns; for a TPU: XLA's own estimate of its cycles, likewise. No time is measured
+started, those in loops as often as the loop turns; for a TPU: its cycles, as launch/cycles.py estimates them. No time is measured
 here, and memory is what the program needs beside arguments and results.
 """
 
@@ -26,9 +26,13 @@ from benchmarks.measure import Table, save  # noqa: E402
 from configs import glue  # noqa: E402
 from gpart_jax import canonical_layout, gpart_transform, make_partition, sharding  # noqa: E402
 from gpart_jax.partition import SCHEMES  # noqa: E402
+from launch.cycles import CHIPS, estimate  # noqa: E402
+from launch.cycles import compile as compile_for_tpu  # noqa: E402
 from launch.dryrun import describe, tpu_devices  # noqa: E402
+from launch.hlo import executed  # noqa: E402
 
 DEVICES = ("h200", "v5e")
+DTYPES = ("float32", "bfloat16")
 STEPS = {"roberta-base": "sst2,base", "roberta-large": "sst2,large", "minilm": "sst2,minilm"}
 H200 = """
 platform_name: "CUDA"
@@ -58,41 +62,16 @@ def device(name: str):
         ) from error
 
 
-def executed(text: str) -> list[tuple[str, int]]:
-    """The instructions of a compiled program outside of fusions, and how often each is executed."""
-    computations, name = {}, None
-    for line in text.splitlines():
-        if match := re.match(r"(?:(ENTRY) )?%?([\w.\-]+) \(.*\{$", line):
-            name = match[1] or match[2]
-            computations[name] = []
-        elif name and line.startswith("  "):
-            computations[name].append(line)
-
-    def bound(condition) -> int:  # the constant that a loop's counter is compared with
-        lines = computations[condition]
-        lines = lines + [line for one in lines for called in re.findall(r"calls=%?([\w.\-]+)", one)
-                         for line in computations[called]]  # fmt: skip
-        (turns,) = {int(n) for line in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)}
-        return turns
-
-    def inside(name, times):
-        for line in computations[name]:
-            if match := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                yield from inside(match[2], times * (int(known[1]) if known else bound(match[1])))
-            else:
-                yield line, times
-
-    return list(inside("ENTRY", 1))
-
-
-def figures(function, *arguments) -> dict:
-    """Of a compiled function: kernels, XLA's estimate of cycles (a TPU's alone), temporary bytes, longest integer array."""
-    program = function.lower(*arguments).compile()
-    kernels = cycles = integers = 0
+def figures(name: str, function, *arguments) -> dict:
+    """Of a function compiled for a device: kernels, estimated cycles (a TPU's alone), temporary bytes, longest integer array."""
+    lowered, cycles, kernels, integers = function.lower(*arguments), 0, 0, 0
+    if name in CHIPS:
+        program, bundles = compile_for_tpu(lowered)
+        cycles = estimate(program.as_text(), bundles, name).cycles
+    else:
+        program = lowered.compile()
     for line, times in executed(program.as_text()):
         kernels += times * bool(KERNEL.search(line))
-        cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)))
         shapes = re.findall(r"\b[su]\d+\[([\d,]+)\]", line)
         integers = max([integers, *(math.prod(map(int, shape.split(","))) for shape in shapes)])
     memory = program.memory_analysis().temp_size_in_bytes
@@ -101,17 +80,17 @@ def figures(function, *arguments) -> dict:
 
 def main(_):
     options, rows = flags.FLAGS, []
-    for flag, known in (("devices", DEVICES), ("schemes", SCHEMES), ("steps", STEPS)):
+    for flag, known in (("devices", DEVICES), ("dtypes", DTYPES), ("schemes", SCHEMES), ("steps", STEPS)):
         if unknown := set(options[flag].value) - set(known):
             raise app.UsageError(f"--{flag}: {sorted(unknown)[0]!r} is none of {', '.join(known)}.")
     columns = "kernels", "estimated cycles, millions", "temporary, MB", "longest integer array"
-    table = Table("device", "program", "d", *columns)
+    table = Table("device", "program", "dtype", "d", *columns)
 
-    def add(name, program, d, found):
+    def add(name, program, dtype, d, found):
         kernels, cycles = (f"{found['kernels']:,}", "") if name == "h200" else ("", f"{found['cycles'] / 1e6:,.2f}")
         memory, integers = f"{found['temporary'] / 1e6:,.1f}", f"{found['integers']:,}"
-        table.add(name, program, f"{d:,}" if d else "", kernels, cycles, memory, integers)
-        rows.append({"device": name, "program": program, "d": d} | found)
+        table.add(name, program, dtype, f"{d:,}" if d else "", kernels, cycles, memory, integers)
+        rows.append({"device": name, "program": program, "dtype": dtype, "d": d} | found)
         save(table, figures=rows)
 
     for name in options.devices:
@@ -121,31 +100,34 @@ def main(_):
         def shapes(tree, where=on_chip):
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
-        params = shapes([np.zeros((768, 768), np.float32)] * 24)
-        add(name, "copy", None, figures(jax.jit(lambda params: [leaf + 1 for leaf in params]), params))
-        add(name, "sum", None, figures(jax.jit(lambda params: sum(map(jnp.sum, params))), params))
-        for scheme, d in itertools.product(options.schemes, map(int, options.ds)):
-            theta = shapes(np.zeros(d, np.float32))
-            partition = shapes(make_partition(canonical_layout(params), d, 42, scheme=scheme))
+        for dtype in options.dtypes:
+            params = shapes([np.zeros((768, 768), dtype)] * 24)
+            add(name, "copy", dtype, None, figures(name, jax.jit(lambda params: [leaf + 1 for leaf in params]), params))
+            add(name, "sum", dtype, None, figures(name, jax.jit(lambda params: sum(map(jnp.sum, params))), params))
+            for scheme, d in itertools.product(options.schemes, map(int, options.ds)):
+                theta = shapes(np.zeros(d, np.float32))
+                partition = shapes(make_partition(canonical_layout(params), d, 42, scheme=scheme))
 
-            def pull_back(partition, theta, params):
-                return jax.vjp(lambda theta: gpart_transform(params, theta, partition), theta)[1](params)
+                def pull_back(partition, theta, params):
+                    return jax.vjp(lambda theta: gpart_transform(params, theta, partition=partition), theta)[1](params)
 
-            forward = jax.jit(lambda partition, theta, params: gpart_transform(params, theta, partition))
-            add(name, f"{scheme}, forward", d, figures(forward, partition, theta, params))
-            add(name, f"{scheme}, VJP", d, figures(jax.jit(pull_back), partition, theta, params))
+                forward = jax.jit(lambda partition, theta, params: gpart_transform(params, theta, partition=partition))
+                add(name, f"{scheme}, forward", dtype, d, figures(name, forward, partition, theta, params))
+                add(name, f"{scheme}, VJP", dtype, d, figures(name, jax.jit(pull_back), partition, theta, params))
         for model in options.steps:
             for method, d in [("head", None), ("lora", None), *(("gpart", int(d)) for d in options.ds)]:
                 config = glue.get_config(f"{STEPS[model]},{method}")
                 if d:
                     config.method.d = d
                 step = describe(config, sharding.make_mesh(devices=[chip]), 128)
-                add(name, f"{model}'s step, {method}", d, figures(step.function, *step.arguments))
+                found = figures(name, step.function, *step.arguments)
+                add(name, f"{model}'s step, {method}", config.model.dtype, d, found)
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("devices", list(DEVICES), "Some of these.")
     flags.DEFINE_list("ds", [512, 4096, 23_040, 524_288], "Lengths of theta.")
+    flags.DEFINE_list("dtypes", ["float32"], f"Of the matrices: {', '.join(DTYPES)}.")
     flags.DEFINE_list("schemes", list(SCHEMES), "Some of these.")
     flags.DEFINE_list("steps", [], f"Training steps with 128 tokens a text: {', '.join(STEPS)}.")
     app.run(main)

@@ -46,7 +46,7 @@ def groups_of(partition) -> dict[str, np.ndarray]:
         steps = (np.arange(n).reshape([-1] + [1] * (len(leaf.shape) - 1 - k)) * s for k, (n, s) in enumerate(zip(leaf.shape, leaf.strides)))  # fmt: skip
         index = leaf.offset + functools.reduce(np.add, steps)
         held = region.scheme == SIGNED_MAGNITUDE
-        found[leaf.path] = partition.keys[0][leaf.path] if held else group_ids(region, index, partition.permutations[0])
+        found[leaf.path] = partition.keys[0][leaf.path] if held else group_ids(region.scheme, region.d, 42, index, partition.permutations[0])
     return found
 
 
@@ -59,7 +59,7 @@ def adapter(path: str):
 
     def adapt(partition, theta, params):
         if path != "layers":
-            return gpart_transform(params, theta, partition)
+            return gpart_transform(params, theta, partition=partition)
         bound = transform.bind(partition, theta)
 
         def one(_, numbered):

@@ -38,9 +38,9 @@ def programs(params, theta, partition):
     """The four compiled functions that are compared, of their arguments."""
 
     def pull_back(partition, theta, cotangent):
-        return jax.vjp(lambda theta: gpart_transform(params, theta, partition), theta)[1](cotangent)[0]
+        return jax.vjp(lambda theta: gpart_transform(params, theta, partition=partition), theta)[1](cotangent)[0]
 
-    forward = jax.jit(lambda partition, theta, params: gpart_transform(params, theta, partition))
+    forward = jax.jit(lambda partition, theta, params: gpart_transform(params, theta, partition=partition))
     backward = jax.jit(pull_back)
     copy = jax.jit(lambda params: [leaf + 1 for leaf in params])
     total = jax.jit(lambda params: sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in params))
@@ -54,7 +54,7 @@ def programs(params, theta, partition):
 
 def kept(params, theta, partition) -> int:
     """Bytes that jax.vjp keeps from forward to backward, the partition's own tables included."""
-    pull = jax.eval_shape(lambda theta, p: jax.vjp(lambda t: gpart_transform(params, t, p), theta)[1], theta, partition)
+    pull = jax.eval_shape(lambda theta, p: jax.vjp(lambda t: gpart_transform(params, t, partition=p), theta)[1], theta, partition)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
 
 

@@ -1,8 +1,8 @@
 """Who shares a coordinate of theta: the partition of N adapted weights into d groups.
 
 A partition is a function of (scheme, scope, seed, d, canonical layout) alone, defined by integer arithmetic, so that a
-saved adapter means the same for ever, on every backend, under every sharding. `group_ids` is the definition in NumPy;
-`slots` and `chunks` are what compiled programs use of it, and tests hold the three together.
+saved adapter means the same for ever, on every backend, under every sharding. `group_ids` is the definition, in NumPy. What
+compiled programs make of it is in `lowerings/`, and tests hold the two together.
 
 Write s(k, j) for output j of the SplitMix64 generator started at k (`uint64.stream_host`).
 
@@ -29,7 +29,6 @@ first d % B blocks one more; block b in canonical order is a partition of its ow
 
 import dataclasses
 import functools
-import math
 import operator
 import re
 from collections.abc import Sequence
@@ -45,7 +44,6 @@ SCHEMES = ("balanced-v1", "splitmix64")  # stateless
 SIGNED_MAGNITUDE = "signed_magnitude"
 SCOPES = ("global", "block", "transformer_block")
 TABLES = 8  # K, the number of permutations of balanced-v1
-_LONGEST_AXIS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,6 @@ class Region:
     """Elements 0 ... size-1 that share the slice [start, start + d) of theta: all of them, or one block's."""
 
     scheme: str
-    seed: int
     start: int
     d: int
     views: tuple[View, ...]
@@ -74,35 +71,38 @@ class Region:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["permutations", "scales", "keys"],
-    meta_fields=["scheme", "scope", "seed", "d", "isometric", "layout", "regions"],
+    data_fields=["permutations", "scales", "keys", "seed"],
+    meta_fields=["scheme", "scope", "d", "isometric", "layout", "regions"],
 )
 @dataclasses.dataclass(frozen=True)
 class Partition:
     """A partition with its tables: a pytree to pass to a compiled program in place of the seed.
+
+    All that depends on the seed is an array, so partitions of one shape share a compiled program, and can be stacked.
 
     permutations: per region, rho, int32 of shape (8, d_region); shape (0, d_region) where there are none.
     scales: per region, the value of the non-zeros in each column of P, float32 of shape (d_region,): 1 / sqrt(n_g), or 1
       where `isometric` is false.
     keys: per region, the 64-bit number with which elements or chunks are hashed, uint32 of shape (2,), high word first. For
       signed_magnitude the group ids themselves, {path: int32 of the leaf's shape}.
+    seed: uint32 of shape (2,), high word first. A record; nothing is computed from it.
     """
 
     permutations: tuple[Array, ...]
     scales: tuple[Array, ...]
     keys: tuple[Array | dict[str, Array], ...]
+    seed: Array
     scheme: str
     scope: str
-    seed: int
     d: int
     isometric: bool
     layout: Layout
     regions: tuple[Region, ...]
 
     @property
-    def tables(self) -> dict[str, tuple]:
+    def tables(self) -> dict[str, PyTree]:
         """All that depends on the seed, for `dataclasses.replace`: partitions of one shape have tables of one structure."""
-        return {"permutations": self.permutations, "scales": self.scales, "keys": self.keys}
+        return {"permutations": self.permutations, "scales": self.scales, "keys": self.keys, "seed": self.seed}
 
 
 def make_partition(
@@ -135,15 +135,16 @@ def make_partition(
       ValueError: an unknown scheme or scope, a seed or d out of range, or no numbered blocks for scope "block".
       TypeError: a seed that is traced or not an integer, or traced weights for signed_magnitude.
     """
-    regions = regions_of(layout, d, seed, scheme=scheme, scope=scope)
+    regions, number = regions_of(layout, d, scheme=scheme, scope=scope), seed_to_int(seed)
     if scheme == SIGNED_MAGNITUDE:
         tables = _by_magnitude(layout, regions[0], bool(isometric), params)
     else:
-        tables = _hashed(regions, bool(isometric))
-    return Partition(*tables, scheme, scope, seed_to_int(seed), operator.index(d), bool(isometric), layout, regions)
+        tables = _hashed(regions, region_seeds(number, scope, len(regions)), bool(isometric))
+    words = np.array(uint64.split(number), np.uint32)
+    return Partition(*tables, words, scheme, scope, operator.index(d), bool(isometric), layout, regions)
 
 
-def regions_of(layout: Layout, d: int, seed: int | jax.Array, *, scheme: str, scope: str) -> tuple[Region, ...]:
+def regions_of(layout: Layout, d: int, *, scheme: str, scope: str) -> tuple[Region, ...]:
     """What of a partition doesn't hold arrays. Arguments and errors as in `make_partition`."""
     if scheme not in (*SCHEMES, SIGNED_MAGNITUDE):
         raise ValueError(f"Unknown scheme {scheme!r}. Choose one of {', '.join((*SCHEMES, SIGNED_MAGNITUDE))}.")
@@ -160,15 +161,24 @@ def regions_of(layout: Layout, d: int, seed: int | jax.Array, *, scheme: str, sc
     if d >= 2**27:
         raise ValueError(f"d = {d} must be below 2^27, so that 8 tables of 2 d entries have 32-bit positions.")
     if scope == "global":
-        return _global_region(layout, d, seed_to_int(seed), scheme)
-    return _block_regions(layout, d, seed_to_int(seed), scheme, scope)
+        return (Region(scheme, 0, d, tuple(View(leaf, None) for leaf in layout.leaves)),)
+    return _block_regions(layout, d, scheme, scope)
+
+
+def region_seeds(seed: int, scope: str, count: int) -> tuple[int, ...]:
+    """The definition: the seeds of so many regions, from that of their partition."""
+    if scope == "global":
+        return (seed,)
+    if scope == "transformer_block":
+        return tuple((seed + b) & uint64.MASK for b in range(count))
+    return tuple(int(uint64.stream_host(seed, TABLES + 1 + b)) for b in range(count))
 
 
 @functools.lru_cache(maxsize=16)
-def _hashed(regions, isometric) -> tuple[tuple, tuple, tuple]:
-    permutations = tuple(_permutations(region) for region in regions)
-    sizes = [group_sizes(region, rho) for region, rho in zip(regions, permutations)]
-    keys = tuple(np.array(uint64.split(_hash_key(region)), np.uint32) for region in regions)
+def _hashed(regions, seeds, isometric) -> tuple[tuple, tuple, tuple]:
+    permutations = tuple(_permutations(region.scheme, region.d, seed) for region, seed in zip(regions, seeds))
+    sizes = [group_sizes(region, seed, rho) for region, seed, rho in zip(regions, seeds, permutations)]
+    keys = tuple(np.array(uint64.split(hash_key(r.scheme, seed)), np.uint32) for r, seed in zip(regions, seeds))
     tables = permutations, tuple(_scale(n, isometric) for n in sizes), keys
     for table in (*tables[0], *tables[1], *keys):
         table.flags.writeable = False  # equal partitions share their tables
@@ -184,7 +194,7 @@ def _by_magnitude(layout, region, isometric, params) -> tuple[tuple, tuple, tupl
     values = [leaves.get(leaf.path) for leaf in layout.leaves]
     if any(isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct, type(None))) for value in values):
         raise TypeError(
-            "signed_magnitude reads the weights, which are not at hand here (traced, or shapes alone). Make its Partition "
+            "signed_magnitude reads the weights, which aren't there yet (traced, or shapes alone). Make its Partition "
             "outside of jit with make_partition(..., params=params), or pass method.tables(params) to the program."
         )
     flat = np.empty(layout.size, np.float32)
@@ -241,160 +251,61 @@ def seed_to_int(seed: int | jax.Array) -> int:
     return number
 
 
-def group_ids(region: Region, index: np.ndarray, rho: np.ndarray | None = None) -> np.ndarray:
+def group_ids(scheme: str, d: int, seed: int, index: np.ndarray, rho: np.ndarray | None = None) -> np.ndarray:
     """The definition: groups of the elements with the given indices, in NumPy.
 
     Args:
-      region: a region of a partition (`partition.regions[0]` for scope "global").
+      scheme, d, seed: of the region; for scope "global" those of the partition. See `region_seeds`.
       index: indices in the region, any shape, read as uint64.
-      rho: the region's permutations, if at hand.
+      rho: the region's permutations, if they are there already.
 
     Returns:
-      int64 group ids in [0, region.d), of the shape of `index`.
+      int64 group ids in [0, d), of the shape of `index`.
     """
-    index, d = np.asarray(index, np.uint64), np.uint64(region.d)
-    if region.scheme == "splitmix64":
-        return (uint64.mix_host(index + np.uint64(_hash_key(region))) % d).astype(np.int64)
-    rho = _permutations(region) if rho is None else rho
-    k, o = chunks(region, index // d)
-    return rho[k, (index % d + o.astype(np.uint64)) % d].astype(np.int64)
+    index = np.asarray(index, np.uint64)
+    if scheme == "splitmix64":
+        return (uint64.mix_host(index + np.uint64(hash_key(scheme, seed))) % np.uint64(d)).astype(np.int64)
+    rho = _permutations(scheme, d, seed) if rho is None else rho
+    k, o = chunks(d, seed, index // np.uint64(d))
+    return rho[k, (index % np.uint64(d) + o.astype(np.uint64)) % np.uint64(d)].astype(np.int64)
 
 
-def chunks(region: Region, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def chunks(d: int, seed: int, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """balanced-v1's table number k_c and rotation o_c of the chunks with numbers c: int32 arrays of c's shape."""
-    h = uint64.stream_host(_hash_key(region), c)
-    return (h % np.uint64(TABLES)).astype(np.int32), ((h >> np.uint64(32)) % np.uint64(region.d)).astype(np.int32)
+    h = uint64.stream_host(hash_key("balanced-v1", seed), c)
+    return (h % np.uint64(TABLES)).astype(np.int32), ((h >> np.uint64(32)) % np.uint64(d)).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def chunks_in_program(
-    region: Region, key: jax.Array | tuple[jax.Array, jax.Array], c: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """`chunks` in a compiled program: for c as a pair of uint32 arrays, from the region's key, uint32 (2,)."""
-    step = uint64.multiply(uint64.add(c, uint64.split(1)), uint64.GAMMA)
-    high, low = key
-    high, low = uint64.mix(uint64.add(step, (high, low)))
-    return (low % np.uint32(TABLES)).astype(jnp.int32), (high % np.uint32(region.d)).astype(jnp.int32)
-
-
-def group_sizes(region: Region, rho: np.ndarray | None = None) -> np.ndarray:
+def group_sizes(region: Region, seed: int, rho: np.ndarray | None = None) -> np.ndarray:
     """Number of elements in each group, int64 of shape (region.d,)."""
     if region.scheme == "balanced-v1":  # known without looking at the elements: whole chunks, and what is left
         whole, rest = divmod(region.size, region.d)
         sizes = np.full(region.d, whole, np.int64)
-        sizes[group_ids(region, np.arange(region.size - rest, region.size, dtype=np.uint64), rho)] += 1
+        index = np.arange(region.size - rest, region.size, dtype=np.uint64)
+        sizes[group_ids(region.scheme, region.d, seed, index, rho)] += 1
         return sizes
     sizes = np.zeros(region.d, np.int64)
     for start in range(0, region.size, 2**22):  # the only pass over N, and once
         index = np.arange(start, min(start + 2**22, region.size), dtype=np.uint64)
-        sizes += np.bincount(group_ids(region, index), minlength=region.d)
+        sizes += np.bincount(group_ids(region.scheme, region.d, seed, index), minlength=region.d)
     return sizes
 
 
-Part = tuple[int, int | jax.Array, int]  # (axis, start, length): a slice of a leaf
-
-
-def slots(
-    region: Region,
-    leaf: Leaf,
-    layer: int | jax.Array | None = None,
-    parts: Sequence[Part] = (),
-    key: Array | None = None,
-) -> Array:
-    """Where each element of a leaf finds its value: positions in the region's flattened table, in a compiled program.
-
-    The table is rho applied to scaled theta, each row twice, (8, 2 d), for balanced-v1, and scaled theta itself, (d,), for
-    the others.
-
-    Args:
-      layer: of a stacked leaf that layer alone, without the layer axis. May be traced.
-      parts: (axis, start, length) each: that slice alone, of the leaf or of its layer. The starts may be traced.
-      key: the region's, from `Partition.keys`; None makes it from the region's seed.
-
-    Returns:
-      int32 of the shape of what is asked for. Computed element by element from a small table for each axis, exactly for any
-      N < 2^64.
-    """
-    if region.scheme == SIGNED_MAGNITUDE:
-        assert key is not None  # no seed makes it
-        ids = key if layer is None else jax.lax.dynamic_index_in_dim(key, layer, keepdims=False)
-        for axis, start, length in parts:
-            ids = jax.lax.dynamic_slice_in_dim(ids, start, length, axis)
-        return ids
-    added = uint64.split(_hash_key(region)) if key is None else tuple(key)
-    picks: dict[int, tuple[int | jax.Array, int]] = {} if layer is None else {0: (layer, 1)}  # axis: (start, length)
-    for axis, start, length in parts:
-        picks[axis if layer is None else axis + 1] = start, length
-    axes = [(1, 0)]  # (length, step); the first carries the offset
-    shape, padded = [], []
-    taken = {}  # table: (start, length)
-    for axis, (n, step) in enumerate(zip(leaf.shape, leaf.strides)):
-        shape.append(picks[axis][1] if axis in picks else n)
-        if n <= _LONGEST_AXIS or axis in picks:
-            if axis in picks:
-                taken[len(axes)] = picks[axis]
-            axes.append((n, step))
-            padded.append(shape[-1])
-        else:  # as two axes, so that the table of a leaf of one long axis has not N entries
-            inner = 2 ** math.isqrt(n).bit_length()
-            outer = -(-n // inner)
-            axes += [(outer, step * inner), (inner, step)]
-            padded.append(outer * inner)
-    along = [np.arange(n, dtype=np.uint64) * np.uint64(step & uint64.MASK) for n, step in axes]
-    along[0] = along[0] + np.uint64(leaf.offset)
-
-    def laid(arrays, k):
-        return _on_axis(arrays, k, len(axes), taken.get(k))
-
-    if region.scheme == "splitmix64":
-        index = functools.reduce(uint64.add, (laid(uint64.split(x), k) for k, x in enumerate(along)))
-        slot = uint64.remainder(uint64.mix(uint64.add(index, added)), region.d)
-    else:
-        d = np.uint32(region.d)
-        c, r = None, None  # mixed radix: index = c * d + r, so that no element needs a 64-bit division
-        for k, x in enumerate(along):
-            quotient, rest = np.divmod(x, np.uint64(region.d))
-            *quotient, rest = laid((*uint64.split(quotient), rest.astype(np.uint32)), k)
-            if c is None:
-                c, r = quotient, rest
-            else:
-                r = r + rest
-                carry = (r >= d).astype(jnp.uint32)
-                c, r = uint64.add(uint64.add(c, quotient), (jnp.zeros_like(carry), carry)), r - carry * d
-        k, o = (x.astype(jnp.uint32) for x in chunks_in_program(region, added, c))
-        slot = k * (2 * d) + r + o
-    slot = slot.astype(jnp.int32).reshape(padded)[tuple(slice(n) for n in shape)]
-    return slot if layer is None else slot[0]
-
-
-def _on_axis(arrays, axis: int, ndim: int, pick=None):
-    """1-D tables, or slices (start, length) of them, laid along `axis`."""
-    # The barrier keeps XLA from folding N constants into the program.
-    arrays = jax.lax.optimization_barrier(tuple(jnp.asarray(a) for a in arrays))
-    if pick is not None:
-        arrays = [jax.lax.dynamic_slice_in_dim(a, *pick) for a in arrays]
-    return tuple(a.reshape([-1 if k == axis else 1 for k in range(ndim)]) for a in arrays)
-
-
-def _permutations(region: Region) -> np.ndarray:
-    count = TABLES if region.scheme == "balanced-v1" else 0
-    hashes = [uint64.stream_host(int(uint64.stream_host(region.seed, k)), np.arange(region.d)) for k in range(count)]
+def _permutations(scheme: str, d: int, seed: int) -> np.ndarray:
+    count = TABLES if scheme == "balanced-v1" else 0
+    hashes = [uint64.stream_host(int(uint64.stream_host(seed, k)), np.arange(d)) for k in range(count)]
     rows = [np.argsort(h, kind="stable") for h in hashes]
-    return np.array(rows, np.int32).reshape(count, region.d)
+    return np.array(rows, np.int32).reshape(count, d)
 
 
-def _hash_key(region: Region) -> int:
+def hash_key(scheme: str, seed: int) -> int:
     """What is added to the number of a chunk (balanced-v1), or to an index (splitmix64), before it is hashed."""
-    if region.scheme == "splitmix64":
-        return (region.seed + uint64.GAMMA) & uint64.MASK
-    return int(uint64.stream_host(region.seed, TABLES))
+    if scheme == "splitmix64":
+        return (seed + uint64.GAMMA) & uint64.MASK
+    return int(uint64.stream_host(seed, TABLES))
 
 
-def _global_region(layout: Layout, d: int, seed: int, scheme: str) -> tuple[Region, ...]:
-    return (Region(scheme, seed, 0, d, tuple(View(leaf, None) for leaf in layout.leaves)),)
-
-
-def _block_regions(layout: Layout, d: int, seed: int, scheme: str, scope: str) -> tuple[Region, ...]:
+def _block_regions(layout: Layout, d: int, scheme: str, scope: str) -> tuple[Region, ...]:
     blocks: dict[tuple[str, int], list[View]] = {}  # in canonical order
     for leaf in layout.leaves:
         if leaf.stacked:
@@ -419,9 +330,6 @@ def _block_regions(layout: Layout, d: int, seed: int, scheme: str, scope: str) -
             raise ValueError(
                 f"scope={scope!r} gives block {b} of {len(blocks)} {share} of d = {d} for its {offset} weights."
             )
-        own = (
-            (seed + b) & uint64.MASK if scope == "transformer_block" else int(uint64.stream_host(seed, TABLES + 1 + b))
-        )
-        regions.append(Region(scheme, own, start, share, tuple(renumbered)))
+        regions.append(Region(scheme, start, share, tuple(renumbered)))
         start += share
     return tuple(regions)

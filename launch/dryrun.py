@@ -4,7 +4,7 @@
 
 Nothing is downloaded and no weight is allocated. For a TPU chip the step is compiled by the TPU's own compiler where the
 package `libtpu` is installed; else, and for GPUs, for virtual CPU devices, which compute bfloat16 in float32 and so need up
-to twice the temporaries.
+to twice the temporaries. Only the TPU's compiler estimates the length of a step: see launch/cycles.py for what it leaves out.
 """
 
 import collections
@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +37,14 @@ from gpart_jax.models import decoder, published
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
-from launch import hlo
+from launch import cycles, hlo
 
 GIB = 2**30
-CHIPS = {"v5e": 16, "v5p": 95, "h100": 80, "h200": 141}  # GB of memory, as they are sold
+CHIPS = {"v5e": 16, "v5p": 95, "v6e": 32, "h100": 80, "h200": 141}  # GB of memory, as they are sold
 TOPOLOGIES = {  # of so many TPU chips
     "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"},
+    "v6e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
 }
 
 
@@ -141,13 +143,21 @@ def matmul_flops(jaxpr, share: int) -> float:
     return total
 
 
+def model_flops(config, mesh, length: int | None = None) -> float:
+    """`matmul_flops` of the config's step, less those that rematerialisation makes twice: what the model itself needs."""
+    with mock.patch("jax.checkpoint", lambda function, **_: function):
+        step = describe(config, mesh, length)
+        return matmul_flops(step.function.trace(*step.arguments).jaxpr, mesh.shape["tensor"])
+
+
 def tpu_devices(chip: str, count: int):
-    """Descriptions of so many TPU chips, from libtpu; none of them need be here."""
+    """Descriptions of so many TPU chips, from libtpu, which is to dump kernels; none of the chips need be here."""
     from jax.experimental import topologies  # only where libtpu is installed
 
     if count not in TOPOLOGIES[chip]:
         known = ", ".join(map(str, TOPOLOGIES[chip]))
         raise app.UsageError(f"--devices={count} is no slice of {chip}. Choose one of {known}.")
+    cycles.dump()
     name = f"{chip}:{TOPOLOGIES[chip][count]}"
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
@@ -195,6 +205,14 @@ def report(step: Step, compiled, jaxpr, mesh, chip: str | None) -> str:
     return "\n".join(lines)
 
 
+def length_of_step(compiled, bundles, chip: str, flops: float) -> str:
+    """The estimate of a compiled step, and the share of the chip's FLOP/s that its `flops` of the model would be (MFU)."""
+    found, limits = cycles.estimate(compiled.as_text(), bundles, chip), cycles.CHIPS[chip]
+    mfu = flops / (found.cycles / limits.clock * limits.flops)
+    million = f"{found.cycles / 1e6:,.1f} M cycles (kernels {found.kernels / 1e6:,.1f} M)"
+    return f"  estimated step: {million}, MFU {mfu:.1%}"
+
+
 def main(_):
     quiet()
     config, chip, count = flags.FLAGS.config, flags.FLAGS.chip, flags.FLAGS.devices
@@ -223,7 +241,7 @@ def main(_):
     start = time.perf_counter()
     traced = step.function.trace(*step.arguments)
     try:
-        compiled = traced.lower().compile()
+        compiled, bundles = cycles.compile(traced.lower()) if on_tpu else (traced.lower().compile(), None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -231,6 +249,8 @@ def main(_):
         print(f"  does not fit {chip}: {used[0] if used else str(error).splitlines()[0]}")
         sys.exit(1)
     print(report(step, compiled, traced.jaxpr, mesh, chip))
+    if on_tpu:
+        print(length_of_step(compiled, bundles, chip, model_flops(config, mesh, flags.FLAGS.length)))
     print(f"  compiled in {time.perf_counter() - start:.0f} s")
 
 

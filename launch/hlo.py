@@ -1,4 +1,4 @@
-"""What a compiled program communicates, read from its HLO text."""
+"""What a compiled program executes and communicates, read from its HLO text."""
 
 import math
 import re
@@ -31,7 +31,53 @@ class Collective(NamedTuple):
     @property
     def bytes(self) -> int:
         """Size of its result, times its executions."""
-        return self.times * sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in self.shapes)
+        return self.times * sum(size(dtype, shape) for dtype, shape in self.shapes)
+
+
+def size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an array."""
+    return _BYTES.get(dtype, 4) * math.prod(shape)
+
+
+def executed(text: str) -> list[tuple[str, int]]:
+    """The instructions of a compiled program outside of fusions, and how often each is executed.
+
+    Args:
+      text: `compiled.as_text()`. Of a conditional, the longest branch counts.
+
+    Raises:
+      ValueError: a loop whose number of trips the text does not say.
+    """
+    computations, name = {}, None
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = "ENTRY" if line.startswith("ENTRY") else match[1]
+            computations[name] = []
+        elif name and line.startswith("  "):
+            computations[name].append(line)
+
+    def bound(condition) -> int:  # the constant that a loop's counter is compared with
+        lines = computations[condition]
+        lines = lines + [line for one in lines for called in _CALLED.findall(one) for line in computations[called]]
+        turns = {int(n) for line in lines for n in _BOUND.findall(line)}
+        if len(turns) != 1:
+            raise ValueError(f"The program doesn't say how often the loop with the condition {condition} runs.")
+        return turns.pop()
+
+    def inside(name, times):
+        for line in computations[name]:
+            if match := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                known = _TRIPS.search(line)
+                yield from inside(match[2], times * (int(known[1]) if known else bound(match[1])))
+            elif " conditional(" in line:
+                branches = [name.strip().lstrip("%") for found in _BRANCHES.findall(line) for name in found.split(",")]
+                yield from inside(max(branches or _CALLED.findall(line), key=lambda one: len(computations[one])), times)
+            elif match := re.search(r" (?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.\-]+)", line):
+                yield from inside(match[1], times)
+            else:
+                yield line, times
+
+    return list(inside("ENTRY", 1))
 
 
 def collectives(text: str) -> list[Collective]:

@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # libtpu only compiles, in several processes at once
 if (
     "JAX_COMPILATION_CACHE_DIR" not in os.environ
 ):  # of this session: its workers and their processes compile a program once

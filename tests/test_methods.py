@@ -141,10 +141,7 @@ def test_uni_lora_is_a_partition_of_the_factors(params):
     method = uni_lora(9, 2, 3, alpha=6, targets=KERNELS)
     theta = np.random.default_rng(0).standard_normal(9).astype(np.float32)
     shapes = [(6, 2), (2, 5)] * 2
-    region = make_partition(
-        canonical_layout([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]), 9, 3
-    ).regions[0]
-    groups = group_ids(region, np.arange(44))
+    groups = group_ids("balanced-v1", 9, 3, np.arange(44))
     entries = (theta / np.sqrt(np.bincount(groups)))[groups]
     a0, b0, a1, b1 = (part.reshape(shape) for part, shape in zip(np.split(entries, [12, 22, 34]), shapes))
     adapted = method.apply(params, {"theta": jnp.asarray(theta)})

@@ -3,6 +3,7 @@
 import json
 import runpy
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpart_jax import Layout, Leaf, Partition, canonical_layout, make_partition
+from gpart_jax import Layout, Leaf, Partition, canonical_layout, make_partition, uint64
+from gpart_jax.lowerings.base import is_doubled, row_length
+from gpart_jax.lowerings.elements import slots
 from gpart_jax.partition import (
     SCHEMES,
     Region,
@@ -19,9 +22,10 @@ from gpart_jax.partition import (
     chunks,
     group_ids,
     group_sizes,
+    hash_key,
     magnitude_groups,
+    region_seeds,
     seed_to_int,
-    slots,
 )
 
 DATA = Path(__file__).parent / "data" / "partition"
@@ -31,9 +35,23 @@ GOLDEN = json.loads((DATA / "balanced-v1.json").read_text())
 SEEDS = st.integers(0, 2**64 - 1)
 
 
-def region(scheme="balanced-v1", seed=0, d=7, size=0):
-    """A region whose `size` elements are those of one leaf."""
-    return Region(scheme, seed, 0, d, (View(Leaf("w", (size,), 0, (1,)), None),))
+class region(NamedTuple):  # noqa: N801
+    """A region whose `size` elements are those of one leaf, and its seed."""
+
+    scheme: str = "balanced-v1"
+    seed: int = 0
+    d: int = 7
+    size: int = 0
+
+    def groups(self, index):
+        return group_ids(self.scheme, self.d, self.seed, index)
+
+    def sizes(self):
+        views = (View(Leaf("w", (self.size,), 0, (1,)), None),)
+        return group_sizes(Region(self.scheme, 0, self.d, views), self.seed)
+
+    def slots(self, leaf):
+        return slots(self.scheme, self.d, leaf, uint64.split(hash_key(self.scheme, self.seed)))
 
 
 def layout(*shapes):
@@ -55,7 +73,7 @@ def test_golden_group_ids(case):
     where = region(seed=case["seed"], d=case["d"])
     for start, expected in case["group_ids"]:
         index = np.uint64(start) + np.arange(len(expected), dtype=np.uint64)
-        assert group_ids(where, index).tolist() == expected, start
+        assert where.groups(index).tolist() == expected, start
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"d={case['d']}-seed={case['seed']}")
@@ -69,7 +87,7 @@ def test_golden_permutations(case):
 def test_golden_block_seeds(case):
     blocks = canonical_layout({f"layer_{b}": jax.ShapeDtypeStruct((5,), jnp.float32) for b in range(4)})
     partition = make_partition(blocks, 8, case["seed"], scope="block")
-    assert [block.seed for block in partition.regions] == case["block_seeds"]
+    assert list(region_seeds(case["seed"], "block", len(partition.regions))) == case["block_seeds"]
 
 
 def test_golden_file_is_what_its_script_writes():
@@ -81,12 +99,12 @@ def test_splitmix64_is_that_of_the_authors(number):
     vector = json.loads((DATA / "splitmix64_group_ids.json").read_text())[number]
     where = region("splitmix64", vector["seed"] % 2**64, vector["d"])
     index = np.uint64(vector["start"]) + np.arange(vector["numel"], dtype=np.uint64)
-    assert group_ids(where, index).tolist() == vector["group_ids"]
+    assert where.groups(index).tolist() == vector["group_ids"]
 
 
 def test_splitmix64_sizes_are_those_of_the_authors():
     known = json.loads((DATA / "splitmix64_counts.json").read_text())
-    sizes = group_sizes(region("splitmix64", known["seed"], known["d"], known["N"]))
+    sizes = region("splitmix64", known["seed"], known["d"], known["N"]).sizes()
     assert sizes[:32].tolist() == known["first32"]
     assert (sizes.min(), sizes.max(), np.sum(sizes == 0)) == (known["min"], known["max"], known["empty"])
     assert (sizes.sum(), np.sum(sizes**2)) == (known["N"], known["sum_sq"])
@@ -97,47 +115,47 @@ def test_splitmix64_sizes_are_those_of_the_authors():
 
 @given(st.sampled_from(SCHEMES), st.integers(1, 40), SEEDS, st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=9))
 def test_group_ids_of_any_index(scheme, d, seed, index):
-    found = group_ids(region(scheme, seed, d), index)
+    found = region(scheme, seed, d).groups(index)
     assert found.tolist() == list(map(python_group(scheme, d, seed), index))
 
 
 @given(st.integers(1, 300), SEEDS, st.integers(0, 2**40))
 def test_a_whole_chunk_meets_every_group_once(d, seed, c):
     index = c * d + np.arange(d, dtype=np.uint64)
-    assert np.array_equal(np.sort(group_ids(region(seed=seed, d=d), index)), np.arange(d))
+    assert np.array_equal(np.sort(region(seed=seed, d=d).groups(index)), np.arange(d))
 
 
 @given(st.integers(1, 200), st.integers(0, 3000), SEEDS)
 def test_balanced_sizes_differ_by_at_most_one(d, extra, seed):
     where = region(seed=seed, d=d, size=d + extra)
-    counted = np.bincount(group_ids(where, np.arange(where.size)), minlength=d)
+    counted = np.bincount(where.groups(np.arange(where.size)), minlength=d)
     assert counted.min() == where.size // d >= 1 and counted.max() == -(-where.size // d)
-    assert np.array_equal(group_sizes(where), counted)
+    assert np.array_equal(where.sizes(), counted)
 
 
 @given(st.integers(1, 200), st.integers(0, 3000), SEEDS)
 def test_splitmix64_sizes_are_counted(d, extra, seed):
     where = region("splitmix64", seed, d, d + extra)
-    assert np.array_equal(group_sizes(where), np.bincount(group_ids(where, np.arange(where.size)), minlength=d))
+    assert np.array_equal(where.sizes(), np.bincount(where.groups(np.arange(where.size)), minlength=d))
 
 
 def test_splitmix64_sizes_of_more_elements_than_one_pass_takes():
     where = region("splitmix64", 3, 1000, 2**22 + 5)
-    assert np.array_equal(group_sizes(where), np.bincount(group_ids(where, np.arange(where.size)), minlength=1000))
+    assert np.array_equal(where.sizes(), np.bincount(where.groups(np.arange(where.size)), minlength=1000))
 
 
 @given(st.sampled_from(SCHEMES), st.integers(1, 99), SEEDS, st.integers(0, 2**63), st.integers(1, 50))
 def test_piecewise_is_at_once(scheme, d, seed, start, pieces):
     where, index = region(scheme, seed, d), np.uint64(start) + np.arange(400, dtype=np.uint64)
-    parts = [group_ids(where, part) for part in np.array_split(index, pieces)]
-    assert np.array_equal(np.concatenate(parts), group_ids(where, index))
-    assert np.array_equal(group_ids(where, index.reshape(20, 20)).reshape(-1), group_ids(where, index))
+    parts = [where.groups(part) for part in np.array_split(index, pieces)]
+    assert np.array_equal(np.concatenate(parts), where.groups(index))
+    assert np.array_equal(where.groups(index.reshape(20, 20)).reshape(-1), where.groups(index))
 
 
 def test_chunks_are_the_hash_of_their_number():
     d, seed, stream = 1000, 2**64 - 3, ORACLE["stream"]
     numbers = [0, 1, 2**32, 2**40 + 1, 2**63]
-    k, o = chunks(region(seed=seed, d=d), np.array(numbers, np.uint64))
+    k, o = chunks(d, seed, np.array(numbers, np.uint64))
     hashes = [stream(stream(seed, 8), c) for c in numbers]
     assert k.tolist() == [h % 8 for h in hashes]
     assert o.tolist() == [(h >> 32) % d for h in hashes]
@@ -157,7 +175,8 @@ def groups_of_slots(where, positions):
     if where.scheme == "splitmix64":
         return positions
     rho = np.array(ORACLE["Balanced"](where.d, where.seed).rho)
-    table = np.concatenate([rho, rho], axis=1)
+    table = np.concatenate([rho, rho], axis=1) if is_doubled(where.scheme, where.d) else rho
+    table = np.pad(table, ((0, 0), (0, row_length(where.scheme, where.d) - table.shape[1])), constant_values=-1)
     assert positions.min() >= 0 and positions.max() < table.size
     return table.reshape(-1)[positions]
 
@@ -178,7 +197,7 @@ def test_slots_are_exact_in_64_bits(scheme, d, leaf):
     assert not jax.config.jax_enable_x64
     where = region(scheme, 2**64 - 3, d)
     expected = list(map(python_group(scheme, d, where.seed), python_indices(leaf)))
-    assert groups_of_slots(where, slots(where, leaf)).reshape(-1).tolist() == expected
+    assert groups_of_slots(where, where.slots(leaf)).reshape(-1).tolist() == expected
 
 
 @given(
@@ -187,14 +206,14 @@ def test_slots_are_exact_in_64_bits(scheme, d, leaf):
 def test_slots_of_any_offset_and_strides(scheme, d, seed, offset, strides):
     where, leaf = region(scheme, seed, d), Leaf("w", (3, 4, 5), offset, strides)
     expected = list(map(python_group(scheme, d, seed), python_indices(leaf)))
-    assert groups_of_slots(where, slots(where, leaf)).reshape(-1).tolist() == expected
+    assert groups_of_slots(where, where.slots(leaf)).reshape(-1).tolist() == expected
 
 
 @pytest.mark.parametrize("shape, strides", [((), ()), ((1,), (9,)), ((5,), (3,)), ((0, 3), (3, 1)), ((1, 1), (4, 4))])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_slots_of_small_shapes(scheme, shape, strides):
     where, leaf = region(scheme, 5, 7), Leaf("w", shape, 2**36, strides)
-    found = slots(where, leaf)
+    found = where.slots(leaf)
     assert found.shape == shape
     if found.size:
         expected = list(map(python_group(scheme, 7, 5), python_indices(leaf)))
@@ -210,7 +229,7 @@ def test_slots_along_a_long_axis(scheme, leaf):
     """An axis of more than 4096 elements is computed as two."""
     where = region(scheme, 2**64 - 3, 97)
     expected = list(map(python_group(scheme, 97, where.seed), python_indices(leaf)))
-    assert groups_of_slots(where, slots(where, leaf)).reshape(-1).tolist() == expected
+    assert groups_of_slots(where, where.slots(leaf)).reshape(-1).tolist() == expected
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -218,18 +237,18 @@ def test_slots_along_a_long_axis(scheme, leaf):
 def test_slots_under_jit(scheme, x64):
     where, leaf = region(scheme, 2**63 + 1, 97), FAR[2]
     with jax.enable_x64(x64):
-        found = jax.jit(lambda: slots(where, leaf))()
-    assert np.array_equal(found, slots(where, leaf))
+        found = jax.jit(lambda: where.slots(leaf))()
+    assert np.array_equal(found, where.slots(leaf))
 
 
 def test_slots_of_the_largest_d():
-    """16 d - 1 is the last position of the table; with d near 2^27 it nearly fills 31 bits."""
+    """8 tables of nearly 2^27 numbers: positions of 30 bits."""
     d, leaf, stream = 2**27 - 1, FAR[2], ORACLE["stream"]
-    found = np.asarray(slots(region(seed=1, d=d), leaf)).reshape(-1).tolist()
+    found = np.asarray(region(seed=1, d=d).slots(leaf)).reshape(-1).tolist()
     for index, slot in zip(python_indices(leaf), found):
         c, r = divmod(index, d)
         h = stream(stream(1, 8), c)
-        assert slot == (h % 8) * 2 * d + r + (h >> 32) % d
+        assert slot == (h % 8) * 2**27 + (r + (h >> 32)) % d
 
 
 # ---------------------------------------------------------------------------------------------------- signed_magnitude
@@ -283,7 +302,7 @@ def test_signed_magnitude_reads_the_weights_in_canonical_order():
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_scales_are_inverse_roots_of_sizes(scheme):
     partition = make_partition(layout((40, 5), (23,)), 20, 9, scheme=scheme)
-    sizes = np.bincount(group_ids(partition.regions[0], np.arange(223)), minlength=20)
+    sizes = np.bincount(group_ids(scheme, 20, 9, np.arange(223)), minlength=20)
     assert sizes.min() > 0 and len(set(sizes)) > 1
     assert partition.scales[0].dtype == np.float32
     np.testing.assert_allclose(partition.scales[0], sizes**-0.5, rtol=1e-7)
@@ -291,7 +310,7 @@ def test_scales_are_inverse_roots_of_sizes(scheme):
 
 def test_empty_groups_have_scale_one():
     partition = make_partition(layout((40,)), 40, 9, scheme="splitmix64")
-    empty = np.bincount(group_ids(partition.regions[0], np.arange(40)), minlength=40) == 0
+    empty = np.bincount(group_ids("splitmix64", 40, 9, np.arange(40)), minlength=40) == 0
     assert empty.any() and np.all(partition.scales[0][empty] == 1)
 
 
@@ -303,10 +322,12 @@ def test_not_isometric_is_all_ones(scheme):
 def test_partition_is_a_pytree_of_its_tables():
     partition = make_partition(layout((40, 5)), 50, 9)
     arrays, tree = jax.tree.flatten(partition)
-    assert [a.shape for a in arrays] == [(8, 50), (50,), (2,)]
+    assert [a.shape for a in arrays] == [(8, 50), (50,), (2,), (2,)]
     again = jax.tree.unflatten(tree, arrays)
-    assert isinstance(again, Partition) and (again.seed, again.d, again.layout) == (9, 50, partition.layout)
-    assert jax.tree.structure(make_partition(layout((40, 5)), 50, 8)) != tree
+    assert isinstance(again, Partition) and (again.d, again.layout) == (50, partition.layout)
+    assert again.seed.tolist() == [0, 9]
+    assert jax.tree.structure(make_partition(layout((40, 5)), 50, 8)) == tree  # its seed is one of the arrays
+    assert jax.tree.structure(make_partition(layout((40, 5)), 49, 9)) != tree
 
 
 def test_writing_into_a_partition_does_not_change_the_next():

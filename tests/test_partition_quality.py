@@ -30,13 +30,9 @@ LIMIT = 4.5  # standard errors
 SIZES = [97, 48, 768, 3072, 256, 1024]
 
 
-def region(scheme, seed, d):
-    return make_partition(LAYOUT, d, seed, scheme=scheme).regions[0]
-
-
 @functools.cache
 def groups(scheme, seed, d):
-    return group_ids(region(scheme, seed, d), np.arange(N))
+    return group_ids(scheme, d, seed, np.arange(N))
 
 
 def all_pairs(lines):
@@ -128,7 +124,7 @@ def test_tables_and_rotations_are_uniform_and_independent(d, start):
     """By chi-square, also from a chunk to its neighbours and to that 12 chunks on: no pattern from layer to layer."""
     c = np.uint64(start) + np.arange(100_000, dtype=np.uint64)
     for seed in (0, 1, 42):
-        k, o = chunks(region("balanced-v1", seed, d), c)
+        k, o = chunks(d, seed, c)
         statistics = [chi_square(np.bincount(k * d + o, minlength=TABLES * d))]
         for lag in (1, 2, 12):
             statistics.append(chi_square(np.bincount((o[lag:] - o[:-lag]) % d, minlength=d)))

@@ -23,15 +23,15 @@ from gpart_jax import (
     gpart,
     head,
     lora,
+    lowerings,
     make_partition,
     sharding,
-    transform,
     uni_lora,
     vera,
 )  # fmt: skip
+from gpart_jax.lowerings.base import Call, Cut, Where, as_table, shape_of
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
-from gpart_jax.transform import contract, expand
 from launch.hlo import collectives
 
 MESHES = {
@@ -212,10 +212,8 @@ def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, s
     partition = make_partition(layout, min(d, layout.size), 7, scheme=scheme)
     (region,), (key,) = partition.regions, partition.keys
     random = np.random.default_rng(draw)
-    table = jnp.asarray(
-        random.standard_normal((8, region.d) if scheme == "balanced-v1" else (1, region.d)), jnp.float32
-    )
-    table = jnp.concatenate([table, table], axis=1) if scheme == "balanced-v1" else table
+    rows_of = 8 if scheme == "balanced-v1" else 1
+    table = as_table(jnp.asarray(random.standard_normal((rows_of, region.d)), jnp.float32), scheme)
     layer, axis, index = int(random.integers(layers)), int(random.integers(2)), int(random.integers(2))
     leaves = [view.leaf for view in region.views]
     cotangents, placed = [], []  # the same, among zeros; small integers, so that sums are exact
@@ -225,20 +223,30 @@ def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, s
         chosen[...] = random.integers(-8, 8, chosen.shape)
         cotangents.append(chosen.copy())
 
+    def expand(cut, layer=None, start=None):
+        call = Call(scheme, region.d, region.size, (cut,), layer is not None)
+        where = Where((key,), layer, None if start is None else jnp.reshape(start, (1, 1)))
+        zeros = jnp.zeros(shape_of(call, 0))
+        return lowerings.adapt(call, table, [zeros], where, False)[0]
+
+    def contract(cut, cotangent, layer=None, start=None):
+        call = Call(scheme, region.d, region.size, (cut,), layer is not None)
+        where = Where((key,), layer, None if start is None else jnp.reshape(start, (1, 1)))
+        return lowerings.contract(call, [cotangent], where, jnp.float32, False)
+
     @jax.jit
     def everything(layer, index, cotangents, placed):
         results = []
         for leaf, cotangent, among_zeros in zip(leaves, cotangents, placed):
             length = leaf.shape[axis + 1] // 2
-            part = (axis, index * length, length)
+            whole, part, start = Cut(leaf), Cut(leaf, ((axis + 1, length),)), index * length
             results.append((
-                expand(region, leaf, key, table), expand(region, leaf, key, table, layer),
-                expand(region, leaf, key, table, layer, part),
-                contract(region, [leaf], [key], [among_zeros]), contract(region, [leaf], [key], [cotangent], layer, [part]),
+                expand(whole), expand(whole, layer), expand(part, layer, start),
+                contract(whole, among_zeros), contract(part, cotangent, layer, start),
             ))  # fmt: skip
         return results
 
-    with mock.patch.object(transform, "_PIECE", piece):
+    with mock.patch.object(lowerings.elements, "_PIECE", piece):
         results = everything(layer, index, cotangents, placed)
     for whole, one, part, sums, part_sums in results:
         np.testing.assert_array_equal(one, whole[layer])

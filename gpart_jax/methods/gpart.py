@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from gpart_jax import transform
 from gpart_jax.methods.base import Method
-from gpart_jax.partition import Partition, make_partition, regions_of, seed_to_int
+from gpart_jax.partition import Partition, make_partition, regions_of
 from gpart_jax.sharding import tensor_axis
 from gpart_jax.targets import Layout, Targets, canonical_layout, named_leaves
 
@@ -39,7 +39,7 @@ def gpart(
 
     def init(params, key):
         layout = canonical_layout(params, targets, stacked=stacked)
-        regions_of(layout, d, seed, scheme=scheme, scope=scope)  # so that a bad d or target fails here, not later
+        regions_of(layout, d, scheme=scheme, scope=scope)  # so that a bad d or target fails here, not later
         return {"theta": jax.random.uniform(key, (d,), jnp.float32, -init_bound, init_bound)}
 
     def make_tables(params):
@@ -49,12 +49,11 @@ def gpart(
 
     def bind(params, trainable, key=None, on_mesh=False, tables=None):
         layout = canonical_layout(params, targets, stacked=stacked)
-        regions = regions_of(layout, d, seed, scheme=scheme, scope=scope)
+        regions = regions_of(layout, d, scheme=scheme, scope=scope)
         tables = make_tables(params) if tables is None else tables
         partition = Partition(
-            **tables, scheme=scheme, scope=scope, seed=seed_to_int(seed), d=d, isometric=isometric, layout=layout,
-            regions=regions,
-        )  # fmt: skip
+            **tables, scheme=scheme, scope=scope, d=d, isometric=isometric, layout=layout, regions=regions
+        )
         leaves = dict(named_leaves(params))
         split = {leaf.path: tensor_axis(leaves[leaf.path]) for leaf in partition.layout.leaves} if on_mesh else None
         return transform.bind(partition, trainable["theta"], dropout, key if dropout else None, split)

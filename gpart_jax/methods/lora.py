@@ -118,7 +118,9 @@ def uni_lora(
         if tables is not None:
             partition = dataclasses.replace(partition, **tables)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes(params))
-        factors = transform.bind(partition, one_of(trainable["theta"], on_mesh))(zeros)
+        # On a mesh "tensor" is XLA's to divide here, and it can't divide a kernel.
+        theta, kernels = one_of(trainable["theta"], on_mesh), False if on_mesh else None
+        factors = transform.bind(partition, theta, kernels=kernels)(zeros)
         return adding(_products(factors, scale))
 
     return Method(init, bind, make_tables)

@@ -1,5 +1,6 @@
 """The dry run: what it reads from compiled programs, and its command."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -105,6 +106,24 @@ def test_the_command_prints_what_a_step_costs(tiny_model):
     assert rows["matrix products"].endswith("TFLOP")
     for chip in dryrun.CHIPS:
         assert f"  fits {chip} (" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles with libtpu, which isn't installed")
+def test_the_command_estimates_a_step_on_a_tpu(tiny_model):
+    options = "--devices=1", "--chip=v5e", "--length=8", "--config.method.d=300", "--config.model.dropout=0.0"
+    done = dry_run("--config=configs/glue.py:rte,base", f"--config.model.source={tiny_model}", *options)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"^  estimated step: ([\d.]+) M cycles \(kernels ([\d.]+) M\), MFU ([\d.]+)%$", done.stdout, re.M)
+    cycles, kernels, mfu = map(float, found.groups())
+    assert 0 <= kernels < cycles and 0 <= mfu < 100
+
+
+def test_what_is_made_again_is_no_work_of_the_model():
+    config, mesh = math.get_config("llama31_8b"), sharding.make_mesh(devices=jax.devices()[:1])
+    step = dryrun.describe(config, mesh, 16)
+    everything = dryrun.matmul_flops(step.function.trace(*step.arguments).jaxpr, 1)
+    once = dryrun.model_flops(config, mesh, 16)
+    assert 1.25 * once < everything < 1.4 * once  # all layers' way forward twice, instead of 2 ways 3
 
 
 def test_what_cannot_be_laid_out_is_refused():

@@ -1,5 +1,6 @@
-"""Each platform's lowering, on CPU and for leaves of any shape: held to the laws that test_transform.py holds a CPU's to."""
+"""The plain lowering, a CPU's and that of other devices, for leaves of any shape: held to the laws of test_transform.py."""
 
+import re
 from unittest import mock
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpart_jax import canonical_layout, gpart_transform, make_partition, stream
+from gpart_jax import canonical_layout, gpart_transform, make_partition
+from gpart_jax.lowerings import plain
 from gpart_jax.transform import bind
 from tests.test_transform import (
     DRAW_ONLY,
@@ -29,7 +31,7 @@ D = 300
 PLATFORM_DEPENDENT = jax.lax.platform_dependent
 
 
-@pytest.fixture(autouse=True, params=["cpu", "cuda", "tpu"])
+@pytest.fixture(autouse=True, params=["cpu", "elsewhere"])
 def lowering(request):
     """Programs traced meanwhile take this branch of `platform_dependent`; yields what they should have added chunks with."""
 
@@ -37,11 +39,11 @@ def lowering(request):
         return of.get(request.param, default)(*args)
 
     name = "_add_windows" if request.param == "cpu" else "_add_as_rows"
-    added = mock.Mock(wraps=getattr(stream, name))
+    added = mock.Mock(wraps=getattr(plain, name))
     with (
         mock.patch.object(jax.lax, "platform_dependent", chosen),
-        mock.patch.object(stream, name, added),
-        mock.patch.object(stream, "_SHORTEST_WINDOW", 1),
+        mock.patch.object(plain, name, added),
+        mock.patch.object(plain, "_SHORTEST_WINDOW", 1),
     ):
         yield added
 
@@ -64,7 +66,7 @@ def test_runs_shorter_than_d(lowering):
     assert lowering.called
 
 
-@pytest.mark.parametrize("lowering", ["cuda", "tpu"], indirect=True)
+@pytest.mark.parametrize("lowering", ["elsewhere"], indirect=True)
 @pytest.mark.parametrize("piece, pieces", [(1, 4), (9 * D, 4), (10 * D, 3)])
 def test_in_pieces_or_at_once_is_the_same(piece, pieces):
     """30 chunks: 8 at a time, which are the fewest, 9, and 10."""
@@ -74,9 +76,11 @@ def test_in_pieces_or_at_once_is_the_same(piece, pieces):
         return jax.vjp(lambda theta: gpart_transform([jnp.zeros((30, D))], theta, 3), theta)[1]([cotangent])[0]
 
     whole = jax.jit(gradient)(normal_theta(D))
-    with mock.patch.object(stream, "_PIECE", piece):
-        assert f"length={pieces}\n" in str(jax.make_jaxpr(lambda theta: gradient(theta))(normal_theta(D)))
-        parts = jax.jit(lambda theta: gradient(theta))(normal_theta(D))
+    with mock.patch.object(plain, "_PIECE", piece):
+        lowered = jax.jit(lambda theta: gradient(theta)).lower(normal_theta(D))
+        (loop,) = re.findall(r"dense<(\d+)> : tensor<i32>\n.*stablehlo.compare LT", lowered.as_text())
+        assert int(loop) == pieces
+        parts = lowered.compile()(normal_theta(D))
     assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -135,30 +139,52 @@ def test_second_derivative(lowering):
 
 @pytest.mark.parametrize("rows, columns", [(95, 800), (395, 32)])
 def test_leaves_of_whole_windows(rows, columns, lowering):
-    """A part of a row and five rows. Two leaves, which a CPU adds in two sums, or in one where they have fewer than 256 d elements."""
+    """A part of a row and five rows."""
     check_definition([jnp.zeros((rows, columns)), jnp.zeros((rows // 4, columns))], 320, 7, "balanced-v1")
     assert lowering.call_count == 2
 
 
-PLATFORMS = [("cuda", 59, 0), ("rocm", 59, 0), ("tpu", 59, 0), ("cpu", 60, 0), ("cpu", 59, 2)]
+PLATFORMS = [
+    ("cuda", 59, "float32", 0),
+    ("rocm", 59, "bfloat16", 0),
+    ("tpu", 59, "float32", 0),
+    ("cpu", 60, "float32", 0),
+    ("cpu", 59, "float32", 2),
+    ("cpu", 60, "bfloat16", 1),
+]
 
 
 @pytest.mark.parametrize("lowering", ["cpu"], indirect=True)
-@pytest.mark.parametrize("platform, rows, loops", PLATFORMS)
-def test_no_loop_over_chunks_but_for_short_windows_on_a_cpu(platform, rows, loops):
-    """In the program that is made for each platform: one loop for whole chunks and one for the edges, or none."""
-    params, theta = [jnp.zeros((rows, 100))], normal_theta(D)
+@pytest.mark.parametrize("platform, rows, dtype, loops", PLATFORMS)
+def test_no_loop_over_chunks_but_on_a_cpu(platform, rows, dtype, loops):
+    """There, for short windows and narrow numbers: one loop for whole chunks and one for edges where there are any."""
+    params, theta = [jnp.zeros((rows, 100), dtype)], normal_theta(D)
     pull = jax.jit(lambda g: jax.vjp(lambda theta: gpart_transform(params, theta, 3), theta)[1](g))
     with (
         mock.patch.object(jax.lax, "platform_dependent", PLATFORM_DEPENDENT),
-        mock.patch.object(stream, "_SHORTEST_WINDOW", 256),
+        mock.patch.object(plain, "_SHORTEST_WINDOW", 256),
     ):
         exported = jax.export.export(pull, platforms=[platform])(params)
     assert str(exported.mlir_module()).count("stablehlo.while") == loops
 
 
-@pytest.mark.parametrize("lowering", ["cuda", "tpu"], indirect=True)
-def test_only_a_tpu_turns_rows_forward_too(lowering, request):
-    with mock.patch.object(stream, "_from_rows", mock.Mock(wraps=stream._from_rows)) as rows:
-        jax.make_jaxpr(lambda theta: gpart_transform([jnp.zeros((60, 50))], theta, 3))(normal_theta(D))
-    assert rows.called == (request.node.callspec.params["lowering"] == "tpu")
+@pytest.mark.parametrize("lowering", ["cpu"], indirect=True)
+def test_narrow_leaves_are_not_widened_as_a_whole():
+    """XLA would convert all of a leaf before a loop over its chunks, or before a scatter, to 4 N bytes."""
+    params, theta = [jnp.zeros((400, D), jnp.bfloat16)], normal_theta(D)
+    pull = jax.jit(lambda g: jax.vjp(lambda theta: gpart_transform(params, theta, 3), theta)[1](g))
+    assert pull.lower(params).compile().memory_analysis().temp_size_in_bytes < 2 * 400 * D
+
+
+def test_narrow_cotangents_are_summed_in_float32(lowering):
+    """Of leaves of three dtypes: as if each had been converted first."""
+    like = [jnp.zeros((n, D), dtype) for n, dtype in ((40, jnp.bfloat16), (30, jnp.float16), (20, jnp.float32))]
+
+    def pulled(cotangents):
+        frozen = jax.tree.map(jnp.zeros_like, cotangents)
+        return jax.vjp(lambda theta: gpart_transform(frozen, theta, 3), normal_theta(D))[1](cotangents)[0]
+
+    narrow = normal(like)
+    wide = [leaf.astype(jnp.float32) for leaf in narrow]
+    assert_close(jax.jit(pulled)(narrow), jax.jit(pulled)(wide), rtol=1e-5, atol=1e-5)
+    assert lowering.called

@@ -1,0 +1,231 @@
+"""What the TPU's kernels move: the pieces of a block, each one slice of the tables, listed by XLA before the kernel starts.
+
+The kernels take an array as matrices, and a matrix in blocks of rows. In VMEM a block lies flat, 128 numbers a flat row, and each
+matrix row begins a new one. Where they leave no gap the block is one run of consecutive indices; else each matrix row is a run.
+A piece is a part of a run within one chunk, so that it is one slice of the tables, and of at most so many flat rows. So all
+pieces take the same time, and a block has a fixed number of them; those that a block doesn't need are empty.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpart_jax import uint64
+from gpart_jax.lowerings.base import LANES, Call, Cut, Where, chunks_of, is_doubled, row_length
+from gpart_jax.targets import Leaf
+
+LEAD = 8  # flat rows before the tables, and before a block: a slice that begins within a row is read from the row's begin
+LONGEST = 2**20  # d whose tables, 34 MB, fit into VMEM beside the blocks
+SHORTEST = 64  # d for which a kernel is worth while: a piece costs 14 cycles or more, however short it is
+_FEWEST = 1024  # elements, likewise
+_NARROWEST = 64  # columns of a part along the last axis, whose rows are runs of their own
+_WIDEST = 2**15  # columns: a block has 16 rows at least
+_BLOCK = 192 * 1024  # elements of a block, about: to work on them takes longer than to fetch the next begins to
+_UNROLLED = 48  # vectors of 8 x 128 that one turn of a loop over matrix rows works on
+STEP = 64  # flat rows of a piece at most
+
+
+class Form(NamedTuple):
+    """An array as equal matrices, whose rows are runs of consecutive indices."""
+
+    matrices: int
+    rows: int
+    columns: int
+    pitch: int  # indices from one row to the next
+    stride: int  # indices from one matrix to the next, within a layer
+    flat: bool  # the array is laid out anew, 128 to a row
+
+    def lay(self, array: jax.Array) -> jax.Array:
+        """(count, rows, columns), filled up with zeros to whole flat rows, and to rows that are a multiple of 8."""
+        if self.flat:
+            array = array.reshape(self.matrices, -1)
+            array = jnp.pad(array, ((0, 0), (0, self.rows * LANES - array.shape[1])))
+        array = array.reshape(self.matrices, self.rows, self.columns)
+        return jnp.pad(array, ((0, 0), (0, -self.rows % 8), (0, 0)))
+
+    def unlay(self, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The array of that shape again."""
+        array = array[:, : self.rows]
+        if self.flat:
+            array = array.reshape(self.matrices, -1)[:, : math.prod(shape) // self.matrices]
+        return array.reshape(shape)
+
+
+class Plan(NamedTuple):
+    """How matrices of a form go through VMEM, and in which pieces."""
+
+    block: int  # matrix rows
+    rows_at_once: int  # of them, in one turn of a loop
+    per_row: int  # flat rows of a matrix row
+    runs: int  # of a block
+    length: int  # elements of a run
+    step: int  # flat rows of a piece
+    cell: int  # elements: a run begins a piece at every multiple of it
+    begins: int  # chunks that begin within a block, at most
+    wraps: bool  # whether a chunk may reach over a table's end, and so be two slices
+
+    @property
+    def unroll(self) -> int:
+        """Pieces in one turn of a loop."""
+        return max(1, STEP // self.step)
+
+    @property
+    def cells(self) -> int:
+        """Pieces that begin with a cell, which come first, and some empty ones to a whole number of a loop's turns."""
+        return _up(self.runs * -(-self.length // self.cell), self.unroll)
+
+    @property
+    def pieces(self) -> int:
+        """All of a block's, likewise."""
+        return self.cells + _up(self.begins + (self.begins + 1) * self.wraps, self.unroll)
+
+    @property
+    def flat_rows(self) -> int:
+        return self.block * self.per_row
+
+
+def _up(n: int, of: int) -> int:
+    return -(-n // of) * of
+
+
+@functools.lru_cache(maxsize=1024)
+def form_of(cut: Cut, layered: bool) -> Form | None:
+    """None where the kernels don't reach, or aren't worth while."""
+    layers, parts = _layers(cut, layered)
+    if any(axis < 0 for axis in parts) or not all(layer.is_dense and layer.size < 2**31 for layer in layers):
+        return None
+    whole = layers[0].shape
+    shape = [parts.get(axis, n) for axis, n in enumerate(whole)]
+    size, copies = math.prod(shape), 1 if layered else len(layers)
+    if size < _FEWEST:
+        return None
+    *before, rows, columns = [1, *shape] if len(shape) == 1 else shape
+    if parts.keys() <= {0} and (columns < LANES or rows < 8 or columns > _WIDEST):  # a single run
+        return Form(copies, -(-size // LANES), LANES, LANES, 0, True)
+    if not _NARROWEST <= columns <= _WIDEST or any(0 < axis < len(shape) - 2 for axis in parts):
+        return None
+    pitch = whole[-1]
+    count, stride = math.prod(before), pitch * (whole[-2] if len(whole) > 1 else 1)
+    if rows % 8 == 0 and stride == rows * pitch:
+        count, rows = 1, count * rows
+    return Form(copies * count, rows, columns, pitch, stride, False)
+
+
+def _layers(cut: Cut, layered: bool) -> tuple[list[Leaf], dict[int, int]]:
+    """The leaf, or its layers, each one run of indices; and {axis of one of them: length} of the part, -1 for the layers' own."""
+    leaf = cut.leaf
+    if not leaf.stacked or (leaf.is_dense and leaf.size < 2**31 and not layered):
+        return [leaf], dict(cut.parts)
+    return leaf.layers(), {axis - 1: length for axis, length in cut.parts}
+
+
+def plan_of(form: Form, d: int, turned: int) -> Plan:
+    """turned: 1 where the pieces must also fit into so many flat rows when they are turned into the tables' order, else 0."""
+    per_row = -(-form.columns // LANES)
+    at_once = max(16, _UNROLLED * 8 // per_row // 16 * 16)
+    block = min(max(1, _BLOCK // (per_row * LANES * at_once)) * at_once, _up(form.rows, at_once))
+    joined = form.pitch == form.columns and form.columns % LANES == 0
+    length = block * form.columns if joined else form.columns
+    longest = min(-(-length // LANES), (d + 2 * LANES - 2) // LANES) + turned  # flat rows of a part of a chunk
+    step = min(STEP, _up(longest, 8))
+    cell = (step - turned) * LANES if longest > step else length
+    span = (block - 1) * form.pitch + form.columns
+    return Plan(block, at_once, per_row, 1 if joined else block, length, step, cell, -(-(span - 1) // d), not is_doubled("balanced-v1", d))
+
+
+def begins_of(call: Call, where: Where):
+    """Where layers begin: the chunk (high, low) and the place in it, each uint32, of all layers of all cuts one after another."""
+    of_cuts = [_layers(cut, call.layered) for cut in call.cuts]
+    offsets = np.array([[layer.offset for layer in layers] for layers, _ in of_cuts] if call.layered else
+                       [[layer.offset] for layers, _ in of_cuts for layer in layers], np.uint64).T  # fmt: skip
+    chunk, r = np.divmod(offsets, np.uint64(call.d))
+    fields = np.stack([*uint64.split(chunk), r.astype(np.uint32)])  # (3, layers or 1, cuts or their layers)
+    high, low, r = fields[:, 0] if where.layer is None else jax.lax.dynamic_index_in_dim(fields, where.layer, 1, False)
+    if where.starts is not None:
+        steps = np.zeros(where.starts.shape, np.uint32)
+        for row, (layers, parts) in zip(steps, of_cuts):
+            row[: len(parts)] = [math.prod(layers[0].shape[axis + 1 :]) for axis in parts]
+        own = (where.starts.astype(jnp.uint32) * steps).sum(1, dtype=jnp.uint32)
+        r = r + (own if call.layered else jnp.repeat(own, np.array([len(layers) for layers, _ in of_cuts])))
+    return _carried(call.d, (high, low), r)
+
+
+def matrices_of(call: Call, form: Form, numbers: Sequence[int], begins):
+    """Where the matrices of the cuts with these numbers begin, as `begins_of`."""
+    counts = [1 if call.layered else len(_layers(cut, False)[0]) for cut in call.cuts]
+    ends = np.cumsum(counts)
+    chosen = np.concatenate([np.arange(ends[n] - counts[n], ends[n]) for n in numbers])
+    chunk, r = jax.tree.map(lambda x: x[chosen][:, None], begins)
+    offsets = np.arange(form.matrices // counts[numbers[0]], dtype=np.uint32) * np.uint32(form.stride)
+    return jax.tree.map(lambda x: x.reshape(-1), _carried(call.d, chunk, r + offsets))
+
+
+def _carried(d, chunk, r):
+    carry = r // np.uint32(d)
+    return uint64.add(chunk, (carry * np.uint32(0), carry)), r - carry * np.uint32(d)
+
+
+def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices) -> jax.Array:
+    """What the kernels read of each block's pieces, int32 (blocks, 3 or 4, pieces, up to a multiple of 128).
+
+    Of each piece: the flat row of the block that it begins in; where in the tables that row begins, which may be before the
+    slice; and its first element and the one behind its last, in 16 bits each, counted from that row. With dropout a fourth:
+    the index (high, low) of the block's first element, and the key. XLA makes all of it in a few operations, for each costs a
+    TPU more than the arithmetic.
+    """
+    d, count = call.d, _up(plan.pieces, LANES)
+    blocks, pitch = -(-form.rows // plan.block), np.uint32(form.pitch)
+    first_row = np.arange(blocks, dtype=np.uint32) * np.uint32(plan.block)
+    chunk, r = jax.tree.map(lambda x: x[:, None], matrices)
+    begins = _carried(d, chunk, r + first_row * pitch)
+    chunk, r = jax.tree.map(lambda x: x.reshape(-1, 1), begins)  # of each block
+    rows = np.tile(np.minimum(plan.block, form.rows - first_row.astype(np.int32)), r.shape[0] // blocks)[:, None]
+
+    # Three kinds of pieces: a cell's, one that begins with a chunk, and one that begins with a table, in the midst of a chunk.
+    number = np.arange(count)
+    per_run = -(-plan.length // plan.cell)
+    is_cell, is_begin = number < plan.runs * per_run, (number >= plan.cells) & (number < plan.cells + plan.begins)
+    is_wrap = (number >= plan.cells + plan.begins) & (number <= plan.cells + 2 * plan.begins) & plan.wraps
+    of_cell = [np.where(is_cell, x, 0) for x in (number // per_run, number % per_run * plan.cell)]
+    ahead = r + (of_cell[0] * form.pitch + of_cell[1]).astype(np.uint32)  # of a cell, from the begin of the block's first chunk
+    known = np.where(is_begin, number - plan.cells + 1, np.where(is_wrap, number - plan.cells - plan.begins, 0))
+    later = jnp.where(is_cell, ahead // np.uint32(d), known.astype(np.uint32))  # chunks after the block's first
+    table, rotation = chunks_of(d, where.keys[0], uint64.add(chunk, (later * np.uint32(0), later)))
+    within = jnp.where(is_cell, (ahead % np.uint32(d)).astype(jnp.int32), jnp.where(is_wrap, d - rotation, 0))
+
+    from_first = later * np.uint32(d) + within.astype(jnp.uint32)
+    behind = (from_first - r).astype(jnp.uint32)  # elements from the block's first on
+    other = behind // pitch if plan.runs > 1 else behind * np.uint32(0)
+    run = jnp.where(is_cell, of_cell[0].astype(np.int32), other.astype(jnp.int32))
+    place = jnp.where(is_cell, of_cell[1].astype(np.int32), (behind - other * pitch).astype(jnp.int32))
+    # A cell's begin has its own piece; and a first chunk may begin, or its table end, before the block.
+    own = is_cell | (is_begin | (is_wrap & (rotation > 0) & (from_first > r))) & (place % plan.cell > 0)
+
+    at, size = rotation + within, d - within
+    if plan.wraps:
+        at = jnp.where(at >= d, at - d, at)
+        size = jnp.minimum(size, d - at)
+    length = rows * form.columns if plan.runs == 1 else jnp.where(run < rows, form.columns, 0)
+    size = jnp.minimum(size, jnp.minimum(plan.cell - place % plan.cell, length - place))
+    size = jnp.where(own, jnp.maximum(size, 0), 0)
+    place = jnp.where(is_cell | (size > 0), run * (plan.per_row * LANES) + place, plan.flat_rows * LANES)  # else behind the block
+    lane = place % LANES
+    words = [place // LANES, table * row_length(call.scheme, d) + at - lane, lane | (lane + size) << 16]
+    if where.drop is not None:
+        high, low = uint64.add(uint64.multiply(chunk, d), (r * np.uint32(0), r))
+        words.append(_chosen(number, [high, low, where.drop[0], where.drop[1]]).astype(jnp.int32))
+    kind = np.arange(len(words))[:, None]
+    return _chosen(kind, [x[:, None] for x in words])
+
+
+def _chosen(number, values):
+    """values[number], by choices."""
+    chosen = values[-1]
+    for n, value in enumerate(values[:-1]):
+        chosen = jnp.where(number == n, value, chosen)
+    return chosen

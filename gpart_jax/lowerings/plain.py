@@ -1,0 +1,306 @@
+"""P theta and its transpose over runs of consecutive indices, for balanced-v1, in plain XLA: no element is looked at by itself.
+
+A chunk, d consecutive indices, is a rotation of one of 8 tables of scaled theta. With each table twice in a row, (8, 2 d), a
+rotation is a slice, so both directions move contiguous pieces. Forward, a leaf is cut into equal blocks of one chunk, or two,
+each. Backward a CPU adds windows, equal pieces of a leaf that no chunk begins in, in one scatter; where there are none, and
+narrow numbers, chunk after chunk in place. For a GPU chunk after chunk is thousands of kernels, so it turns all chunks
+of a leaf at once and multiplies.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from gpart_jax import uint64
+from gpart_jax.lowerings.base import LANES, Call, Where, chunks_of, is_doubled, of_layer, parts_of, row_length
+from gpart_jax.partition import TABLES
+from gpart_jax.targets import Leaf
+
+_SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
+_SHORTEST_WINDOW = 256  # likewise, of windows
+_PIECE = 2**25  # so many elements, or 8 chunks, are turned at once on a GPU
+
+
+class Runs(NamedTuple):
+    """Equally long runs of consecutive indices."""
+
+    length: int  # elements in a run
+    columns: int  # of them, in a row
+    starts: np.ndarray  # uint64, index of each run's first element
+
+
+def reaches(call: Call, number: int) -> bool:
+    """Whether a cut's leaf is runs of consecutive indices, of a scheme that has chunks."""
+    return _runs_of(call, number) is not None
+
+
+def _runs_of(call: Call, number: int) -> Runs | None:
+    """The runs that a cut's leaf or, for one layer, its layers are made of; None where elements must be looked at one by one."""
+    leaf = call.cuts[number].leaf
+    if call.scheme != "balanced-v1" or call.d < _SHORTEST_RUN or not leaf.size:
+        return None
+    pieces = [leaf] if leaf.is_dense and not call.layered and leaf.size < 2**31 else leaf.layers()
+    if not all(piece.is_dense and piece.size < 2**31 for piece in pieces):
+        return None
+    columns = pieces[0].shape[-1] if pieces[0].shape else 1
+    return Runs(pieces[0].size, columns, np.array([piece.offset for piece in pieces], np.uint64))
+
+
+def expand(call: Call, number: int, table: jax.Array, where: Where) -> jax.Array:
+    """The entries of P theta in a cut, from the tables; in their dtype. Of a part the whole is made, and then cut."""
+    runs = _runs_of(call, number)
+    assert runs is not None
+    delta = _expand(call, runs, where.keys[number], _twice(call.d, table), where.layer)
+    delta = delta.reshape(call.cuts[number].leaf.shape[call.layered :])
+    for axis, start, length in parts_of(call, number, where):
+        delta = jax.lax.dynamic_slice_in_dim(delta, start, length, axis)
+    return delta
+
+
+def contract(call: Call, numbers: Sequence[int], cotangents: Sequence[jax.Array], where: Where, dtype: DTypeLike) -> jax.Array:
+    """The transpose of `expand`, for the cuts with these numbers: the tables' cotangent, summed in `dtype`."""
+    every, whole = [], []
+    for number, cotangent in zip(numbers, cotangents):
+        runs = _runs_of(call, number)
+        assert runs is not None
+        every.append(runs)
+        if parts := parts_of(call, number, where):  # in its place among zeros: cheaper than to look at elements
+            zeros = jnp.zeros_like(cotangent, shape=call.cuts[number].leaf.shape[call.layered :])
+            starts = {axis: start for axis, start, _ in parts}
+            cotangent = jax.lax.dynamic_update_slice(zeros, cotangent, [starts.get(axis, 0) for axis in range(zeros.ndim)])
+        whole.append(cotangent.reshape(-1, runs.length))
+    on_cpu, elsewhere = (functools.partial(way, call, every, dtype) for way in (_on_cpu, _elsewhere))
+    total = jax.lax.platform_dependent(where.keys[numbers[0]], whole, where.layer, cpu=on_cpu, default=elsewhere)
+    return _folded(call.d, total)
+
+
+def _twice(d, table):
+    """Each table twice in a row, (8, 2 d): any rotation of one is a slice."""
+    rows = table.reshape(TABLES, -1)
+    return rows[:, : 2 * d] if is_doubled("balanced-v1", d) else jnp.concatenate([rows[:, :d], rows[:, :d]], axis=1)
+
+
+def _folded(d, total):
+    """The transpose of `_twice`, from (16 d,)."""
+    total = total.reshape(TABLES, 2 * d)
+    total = total if is_doubled("balanced-v1", d) else total[:, :d] + total[:, d:]
+    return jnp.pad(total, ((0, 0), (0, row_length("balanced-v1", d) - total.shape[1]))).reshape(TABLES, -1, LANES)
+
+
+def _expand(call, runs, key, table, layer):
+    """Runs of P theta, (runs, length), or (1, length) for a layer."""
+    d, flat = call.d, table.reshape(-1)
+
+    def blocks(start, width, count):  # (runs, count * width)
+        chunk, r = _in_chunks(call, runs, start, width, count)
+        whole = np.all(r + width <= d)  # else a block may end in the next chunk
+        chunks = [chunk] if whole else [chunk, chunk + np.uint64(1)]
+        *chunks, r = of_layer(layer, (*map(uint64.split, chunks), r))
+        at = [_in_table(call, key, chunk, r).reshape(-1) for chunk in chunks]
+
+        def block(numbers):
+            *at, split = numbers
+            parts = [jax.lax.dynamic_slice(flat, (start,), (width,)) for start in at]
+            return parts[0] if whole else jnp.where(jnp.arange(width, dtype=jnp.int32) < split, *parts)
+
+        numbers = *at, (d - r).reshape(-1)
+        together = jax.vmap(block)
+        if width % runs.columns:
+            # On CPU XLA would look for its block from each element: 1.3 times (one slice) to 3 times (two) as slow as a loop.
+            apart = functools.partial(jax.lax.map, block)
+            return jax.lax.platform_dependent(numbers, cpu=apart, default=together).reshape(-1, count * width)
+        return together(numbers).reshape(-1, count * width)
+
+    width = _block_width(call, runs)
+    count, rest = divmod(runs.length, width)
+    most = blocks(0, width, count)
+    return jnp.concatenate([most, blocks(count * width, rest, 1)], axis=1) if rest else most
+
+
+def _block_width(call: Call, runs: Runs) -> int:
+    """Whole rows that no chunk begins in; or the most up to d that are whole rows, or a part of one; d where they are few."""
+    d, rows, columns = call.d, runs.length // runs.columns, runs.columns
+    window = _window(call, runs)
+    if window >= _SHORTEST_WINDOW and window % columns == 0:
+        return window
+    if columns <= d:
+        width = columns * next(n for n in range(min(rows, d // columns), 0, -1) if rows % n == 0)
+    else:
+        width = next(n for n in range(d, 0, -1) if columns % n == 0)
+    widest = min(d, runs.length)
+    if 1 < columns < runs.length and width >= min(64, widest):
+        return width
+    return next((n for n in range(widest, widest // 2, -1) if runs.length % n == 0), widest)
+
+
+def _on_cpu(call, every, dtype, key, cotangents, layer):
+    total = jnp.zeros_like(cotangents[0], shape=2 * TABLES * call.d, dtype=dtype)
+    # A scatter moves 67 million numbers in 14 to 17 ms, a loop in 16 (chunks of 23,040) to 22 (of 256). But for a scatter XLA
+    # would first widen all of a leaf, which took 150 ms.
+    windowed = [_window(call, runs) >= _SHORTEST_WINDOW and g.dtype == dtype for runs, g in zip(every, cotangents)]
+    pieces = [(_windows if chosen else _chunks)(call, runs) for runs, chosen in zip(every, windowed)]
+    for chosen, piece, at, cotangent in zip(windowed, pieces, _places(call, pieces, key, layer), cotangents):
+        total = _add_windows(total, at, cotangent) if chosen else _add_in_turn(total, piece, at, cotangent, layer)
+    return total
+
+
+class _Pieces(NamedTuple):
+    """Slices of the runs of a leaf, each of which begins in one chunk; (runs, pieces) each."""
+
+    chunk: np.ndarray  # uint64
+    r: np.ndarray  # int32, where in its chunk a piece begins
+    start: np.ndarray  # int32, where in its run
+    low: np.ndarray  # int32, from which of its elements on it counts
+    high: np.ndarray  # int32, and up to which
+
+
+def _windows(call, runs) -> _Pieces:
+    """Equal pieces that no chunk begins in."""
+    width = _window(call, runs)
+    chunk, r = _in_chunks(call, runs, 0, width, runs.length // width)
+    start = np.broadcast_to(np.arange(0, runs.length, width, dtype=np.int32), r.shape)
+    return _Pieces(chunk, r, start, np.zeros_like(start), np.full_like(start, width))
+
+
+def _chunks(call, runs) -> _Pieces:
+    """For each chunk a piece within the run that holds what the run has of it."""
+    d, length = call.d, runs.length
+    first, skip = np.divmod(runs.starts[:, None], np.uint64(d))
+    chunk = first + np.arange(_chunks_of(call, runs), dtype=np.uint64)
+    begin = (chunk - first).astype(np.int64) * d - skip.astype(np.int64)  # of the chunk, which may be outside
+    width = min(d, length)
+    start = np.clip(begin, 0, length - width)
+    low, high = np.maximum(begin - start, 0), np.minimum(np.minimum(begin + d, length) - start, width)
+    return _Pieces(chunk, *(x.astype(np.int32) for x in ((start - begin) % d, start, low, high)))
+
+
+def _places(call, every, key, layer):
+    """Where in the flattened table the pieces of each leaf begin, (runs, pieces): hashed for all leaves at once."""
+    chunk = [of_layer(layer, uint64.split(pieces.chunk)) for pieces in every]
+    r = [of_layer(layer, pieces.r) for pieces in every]
+    joined = jax.tree.map(lambda *of_leaves: jnp.concatenate([x.reshape(-1) for x in of_leaves]), *zip(chunk, r))
+    split = jnp.split(_in_table(call, key, *joined), np.cumsum([x.size for x in r])[:-1])
+    return [at.reshape(x.shape) for at, x in zip(split, r)]
+
+
+def _add_windows(total, at, cotangent):
+    """In one scatter."""
+    at = at.reshape(-1, 1)
+    dimensions = jax.lax.ScatterDimensionNumbers((1,), (), (0,))
+    return jax.lax.scatter_add(total, at, cotangent.reshape(len(at), -1), dimensions, mode="promise_in_bounds")
+
+
+def _add_in_turn(total, pieces, at, cotangent, layer):
+    """One after another, in place."""
+    width = min(total.size // (2 * TABLES), cotangent.shape[1])
+    run = np.broadcast_to(np.arange(len(at), dtype=np.int32)[:, None], at.shape)
+    numbers = run, at, *of_layer(layer, (pieces.start, pieces.low, pieces.high))
+
+    def add(total, piece, masked):
+        run, at, start, low, high = piece
+        # What XLA believes to change from turn to turn it can't widen before the loop, to 4 N bytes.
+        cut, start = jax.lax.optimization_barrier((cotangent, start))
+        row = jax.lax.dynamic_slice(cut, (run, start), (1, width))[0].astype(total.dtype)
+        if masked:
+            where = jnp.arange(width, dtype=jnp.int32)
+            row = jnp.where((where >= low) & (where < high), row, 0)
+        row += jax.lax.dynamic_slice(total, (at,), (width,))
+        return jax.lax.dynamic_update_slice(total, row, (at,)), None
+
+    inside = np.all((pieces.low == 0) & (pieces.high == width), axis=0)
+    for masked in (False, True):  # all but the edges go without a mask, in some nine tenths of the time
+        chosen = np.flatnonzero(inside != masked)
+        if chosen.size:
+            xs = [jnp.asarray(x)[:, chosen].reshape(-1) for x in numbers]
+            total, _ = jax.lax.scan(functools.partial(add, masked=masked), total, xs)
+    return total
+
+
+def _elsewhere(call, every, dtype, key, cotangents, layer):
+    total = jnp.zeros_like(cotangents[0], shape=2 * TABLES * call.d, dtype=dtype)
+    for runs, cotangent in zip(every, cotangents):
+        if _chunks_of(call, runs) * (len(runs.starts) if layer is None else 1) >= TABLES:
+            total = _add_as_rows(call, runs, key, cotangent, layer, total)
+        else:  # fewer are fewer kernels one by one
+            pieces = _chunks(call, runs)
+            (at,) = _places(call, [pieces], key, layer)
+            total = _add_in_turn(total, pieces, at, cotangent, layer)
+    return total
+
+
+def _add_as_rows(call, runs, key, cotangent, layer, total):
+    """Chunks as rows, turned to their tables' order, and a product with the (8, rows) matrix that tells whose they are."""
+    d, length = call.d, runs.length
+    run, begin, table, rotation = _groups(call, runs, key, layer)
+    size = table.shape[1] * d
+    # Leaf after leaf: else XLA may hold the rows of all leaves.
+    rotation, total = jax.lax.optimization_barrier((rotation, total))
+
+    def cut(run, begin):  # (size,): what the run has from `begin` on, which may be outside; else 0
+        width = min(size, length)
+        start = jnp.clip(begin, 0, length - width)
+        window = jax.lax.dynamic_slice(cotangent, (run, start), (1, width))[0].astype(total.dtype)
+        return jax.lax.dynamic_slice(jnp.pad(window, (size, size)), (size + begin - start,), (size,))
+
+    def turn(row, rotation):  # element r to (r + rotation) mod d, by a slice of the row twice
+        return jax.lax.dynamic_slice(jnp.concatenate([row, row]), (d - rotation,), (d,))
+
+    def add(sums, groups):
+        run, begin, table, rotation = groups
+        rows = jax.vmap(turn)(jax.vmap(cut)(run, begin).reshape(-1, d), rotation.reshape(-1))
+        whose = (jnp.arange(TABLES)[:, None] == table.reshape(-1)).astype(sums.dtype)
+        return sums + jnp.dot(whose, rows, precision=jax.lax.Precision.HIGHEST), None
+
+    sums = jnp.zeros_like(total, shape=(TABLES, d))
+    together = max(1, _PIECE // size)
+    whole, rest = divmod(len(begin), together)
+    groups = run, begin, table, rotation
+    if whole:
+        pieces = [x[: whole * together].reshape(whole, together, *x.shape[1:]) for x in groups]
+        sums, _ = jax.lax.scan(add, sums, pieces)
+    if rest:
+        sums, _ = add(sums, [x[whole * together :] for x in groups])
+    return total + jnp.pad(sums, ((0, 0), (0, d))).reshape(-1)
+
+
+def _groups(call, runs, key, layer):
+    """Each run's chunks in groups: (groups,) the run, and where in it the group begins; (groups, chunks) table, rotation."""
+    d, count = call.d, _chunks_of(call, runs)
+    size = min(count, max(TABLES, _PIECE // d))
+    groups = -(-count // size)
+    first, skip = np.divmod(runs.starts[:, None], np.uint64(d))
+    numbers = uint64.split(first + np.arange(groups * size, dtype=np.uint64))
+    begins = np.arange(groups) * (size * d) - skip.astype(np.int64)
+    numbers, begins = of_layer(layer, (numbers, begins.astype(np.int32)))
+    run = np.broadcast_to(np.arange(len(begins), dtype=np.int32)[:, None], begins.shape)
+    table, rotation = chunks_of(call.d, key, numbers)
+    return run.reshape(-1), begins.reshape(-1), table.reshape(-1, size), rotation.reshape(-1, size)
+
+
+def _chunks_of(call, runs) -> int:
+    """How many chunks a run has a part of, at most."""
+    return -(-(int((runs.starts % np.uint64(call.d)).max()) + runs.length) // call.d)
+
+
+def _window(call, runs) -> int:
+    """The length of the longest equal pieces of runs that no chunk begins in."""
+    return math.gcd(*runs.starts.tolist(), call.d, runs.length)
+
+
+def _in_chunks(call, runs, start, width, count):
+    """(runs, count) pieces of runs, from their element `start` on: the chunk that each begins in, and where in it."""
+    first = runs.starts[:, None] + np.uint64(start) + np.arange(count, dtype=np.uint64) * np.uint64(width)
+    chunk, r = np.divmod(first, np.uint64(call.d))
+    return chunk, r.astype(np.int32)
+
+
+def _in_table(call, key, chunk, r):
+    """Where in the flattened table the element r of a chunk is, and those after it in the chunk."""
+    table, rotation = chunks_of(call.d, key, chunk)
+    return table * (2 * call.d) + (rotation + r) % call.d
