@@ -84,13 +84,13 @@ def main(_):
         if unknown := set(options[flag].value) - set(known):
             raise app.UsageError(f"--{flag}: {sorted(unknown)[0]!r} is none of {', '.join(known)}.")
     columns = "kernels", "estimated cycles, millions", "temporary, MB", "longest integer array"
-    table = Table("device", "program", "dtype", "d", *columns)
+    table = Table("device", "program", "dtype", "dropout", "d", *columns)
 
-    def add(name, program, dtype, d, found):
+    def add(name, program, dtype, dropout, d, found):
         kernels, cycles = (f"{found['kernels']:,}", "") if name == "h200" else ("", f"{found['cycles'] / 1e6:,.2f}")
         memory, integers = f"{found['temporary'] / 1e6:,.1f}", f"{found['integers']:,}"
-        table.add(name, program, dtype, f"{d:,}" if d else "", kernels, cycles, memory, integers)
-        rows.append({"device": name, "program": program, "dtype": dtype, "d": d} | found)
+        table.add(name, program, dtype, dropout, f"{d:,}" if d else "", kernels, cycles, memory, integers)
+        rows.append({"device": name, "program": program, "dtype": dtype, "dropout": dropout, "d": d} | found)
         save(table, figures=rows)
 
     for name in options.devices:
@@ -102,18 +102,22 @@ def main(_):
 
         for dtype in options.dtypes:
             params = shapes([np.zeros((768, 768), dtype)] * 24)
-            add(name, "copy", dtype, None, figures(name, jax.jit(lambda params: [leaf + 1 for leaf in params]), params))
-            add(name, "sum", dtype, None, figures(name, jax.jit(lambda params: sum(map(jnp.sum, params))), params))
-            for scheme, d in itertools.product(options.schemes, map(int, options.ds)):
-                theta = shapes(np.zeros(d, np.float32))
+            add(name, "copy", dtype, "", None, figures(name, jax.jit(lambda params: [leaf + 1 for leaf in params]), params))
+            add(name, "sum", dtype, "", None, figures(name, jax.jit(lambda params: sum(map(jnp.sum, params))), params))
+            for scheme, rate, d in itertools.product(options.schemes, map(float, options.dropouts), map(int, options.ds)):
+                theta, key = shapes((np.zeros(d, np.float32), np.zeros(2, np.uint32)))
                 partition = shapes(make_partition(canonical_layout(params), d, 42, scheme=scheme))
 
-                def pull_back(partition, theta, params):
-                    return jax.vjp(lambda theta: gpart_transform(params, theta, partition=partition), theta)[1](params)
+                def forward(partition, theta, params, key, rate=rate):
+                    key = jax.random.wrap_key_data(key)
+                    return gpart_transform(params, theta, partition=partition, dropout=rate, key=key)
 
-                forward = jax.jit(lambda partition, theta, params: gpart_transform(params, theta, partition=partition))
-                add(name, f"{scheme}, forward", dtype, d, figures(name, forward, partition, theta, params))
-                add(name, f"{scheme}, VJP", dtype, d, figures(name, jax.jit(pull_back), partition, theta, params))
+                def pull_back(partition, theta, params, key):
+                    return jax.vjp(lambda theta: forward(partition, theta, params, key), theta)[1](params)
+
+                arguments = partition, theta, params, key
+                add(name, f"{scheme}, forward", dtype, rate, d, figures(name, jax.jit(forward), *arguments))
+                add(name, f"{scheme}, VJP", dtype, rate, d, figures(name, jax.jit(pull_back), *arguments))
         for model in options.steps:
             for method, d in [("head", None), ("lora", None), *(("gpart", int(d)) for d in options.ds)]:
                 config = glue.get_config(f"{STEPS[model]},{method}")
@@ -121,13 +125,15 @@ def main(_):
                     config.method.d = d
                 step = describe(config, sharding.make_mesh(devices=[chip]), 128)
                 found = figures(name, step.function, *step.arguments)
-                add(name, f"{model}'s step, {method}", config.model.dtype, d, found)
+                rate = config.method.get("dropout", "")  # the recipe's
+                add(name, f"{model}'s step, {method}", config.model.dtype, rate, d, found)
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("devices", list(DEVICES), "Some of these.")
     flags.DEFINE_list("ds", [512, 4096, 23_040, 524_288], "Lengths of theta.")
     flags.DEFINE_list("dtypes", ["float32"], f"Of the matrices: {', '.join(DTYPES)}.")
+    flags.DEFINE_list("dropouts", [0.0, 0.1], "Rates of dropout on P theta.")
     flags.DEFINE_list("schemes", list(SCHEMES), "Some of these.")
     flags.DEFINE_list("steps", [], f"Training steps with 128 tokens a text: {', '.join(STEPS)}.")
     app.run(main)

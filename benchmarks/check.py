@@ -3,12 +3,14 @@
   python -m benchmarks.check
 
 Paths: `leaves`, dense leaves as they are; `elements`, leaves stored transposed, element by element; `layers`, stacked leaves layer
-by layer in a scan; `mesh`, `sharding.value_and_grad` over all devices. For each, four checks:
+by layer in a scan; `mesh`, `sharding.value_and_grad` over all devices. For each, these checks:
 
   P theta       added to zeros: equal to NumPy's, to the bit
   W + P theta   within one rounding of the exact sum to the leaf's dtype
   P^T exact     of whole numbers, whose sums float32 holds exactly, without the scale: equal to NumPy's, to the bit
   P^T           of drawn numbers: the largest error, in millionths of the sum of the group's absolute values; at most 2
+  kernels       on a TPU, paths `leaves` and `layers`, with dropout: the same as by XLA's own operations; P theta to the bit, the two
+                sums within the same bound
 
 Ends with code 1 if a check fails.
 """
@@ -54,13 +56,13 @@ def by_path(tree) -> dict[str, np.ndarray]:
     return {"/".join(str(key.key) for key in keys): np.asarray(x) for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def adapter(path: str):
+def adapter(path: str, **options):
     """adapt(partition, theta, params) -> adapted params, by one of the first three paths."""
 
     def adapt(partition, theta, params):
         if path != "layers":
-            return gpart_transform(params, theta, partition=partition)
-        bound = transform.bind(partition, theta)
+            return gpart_transform(params, theta, partition=partition, **options)
+        bound = transform.bind(partition, theta, **options)
 
         def one(_, numbered):
             number, slices = numbered
@@ -111,13 +113,35 @@ def run(path: str, partition, theta, params, integers, drawn, options: dict):
     return *forward, gradient(integers, unscaled), gradient(drawn, partition)
 
 
+def kernels(path: str, partition, theta, zeros, drawn, magnitude) -> str:
+    """The last cell of a row."""
+    if jax.default_backend() != "tpu" or path not in ("leaves", "layers"):
+        return ""
+
+    def both(kernels):
+        adapt = adapter(path, dropout=0.25, key=jax.random.key(5), kernels=kernels)
+
+        @jax.jit
+        def run(theta, drawn):
+            adapted, pull = jax.vjp(lambda theta: adapt(partition, theta, zeros), theta)
+            return adapted, pull(drawn)[0]
+
+        adapted, sums = run(theta, drawn)
+        return by_path(adapted), np.asarray(sums, np.float64)
+
+    (ours, sums), (theirs, others) = both(True), both(False)
+    unequal = verdict({name: ours[name] != theirs[name] for name in ours})
+    far = float(np.max(abs(sums - others) / np.maximum(magnitude, 1e-30)))
+    return f"{unequal}; wrong: {1e6 * far:.3f}" if far > MOST else f"{unequal}; {1e6 * far:.3f}"
+
+
 def verdict(wrong: dict[str, np.ndarray]) -> str:
     count, size = sum(int(x.sum()) for x in wrong.values()), sum(x.size for x in wrong.values())
     return f"wrong in {count:,} of {size:,}" if count else "equal"
 
 
 def check(path: str, scheme: str, dtype: str, d: int, layers: int, width: int) -> list[str]:
-    """The four cells of a row."""
+    """The cells of a row."""
     params = draw(layers, width, dtype)
     options = {"scheme": scheme, "stacked": "^layers" if path in ("layers", "mesh") else None}
     layout = canonical_layout(params, stacked=options["stacked"], transposed="." if path == "elements" else None)
@@ -149,13 +173,15 @@ def check(path: str, scheme: str, dtype: str, d: int, layers: int, width: int) -
     error = abs(np.asarray(contracted) - sums(drawn) * scale) / np.maximum(sums(drawn, abs) * scale, 1e-30)
     largest = float(np.max(np.where(np.isfinite(error), error, np.inf)))
     last = f"{1e6 * largest:.3f}" if largest <= MOST else f"wrong: {1e6 * largest:.3f}"
-    return [verdict(unequal), verdict(far).replace("equal", "within"), verdict({"": np.asarray(exact) != sums(integers)}), last]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    own = kernels(path, partition, jnp.asarray(theta), zeros, drawn, sums(drawn, abs) * scale / 0.75)
+    return [verdict(unequal), verdict(far).replace("equal", "within"), verdict({"": np.asarray(exact) != sums(integers)}), last, own]
 
 
 def main(_):
     options = flags.FLAGS
     print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)\n")
-    columns = "P theta", "W + P theta", "P^T exact", "P^T, error in millionths"
+    columns = "P theta", "W + P theta", "P^T exact", "P^T, error in millionths", "kernels"
     table, failed = Table("scheme", "path", "dtype", "d", *columns), 0
     schemes = (*SCHEMES, SIGNED_MAGNITUDE)
     for scheme, path, dtype, d in itertools.product(schemes, PATHS, options.dtypes, map(int, options.ds)):

@@ -7,6 +7,7 @@ neighbours in time: median (lowest ... highest). `stream` is balanced-v1's lower
 leaves that are stored transposed. signed_magnitude sorts all weights to begin with, and is left out above 20 million.
 """
 
+import itertools
 import statistics
 
 import jax
@@ -34,13 +35,17 @@ def weights(size: int, dtype) -> list[jax.Array]:
     return [jnp.asarray(np.resize(np.roll(drawn, n), (side, side)), dtype) for n in range(count)]
 
 
-def programs(params, theta, partition):
+def programs(params, theta, partition, dropout):
     """The four compiled functions that are compared, of their arguments."""
+    key = jax.random.key(0)
+
+    def adapt(partition, theta, params):
+        return gpart_transform(params, theta, partition=partition, dropout=dropout, key=key)
 
     def pull_back(partition, theta, cotangent):
-        return jax.vjp(lambda theta: gpart_transform(params, theta, partition=partition), theta)[1](cotangent)[0]
+        return jax.vjp(lambda theta: adapt(partition, theta, params), theta)[1](cotangent)[0]
 
-    forward = jax.jit(lambda partition, theta, params: gpart_transform(params, theta, partition=partition))
+    forward = jax.jit(adapt)
     backward = jax.jit(pull_back)
     copy = jax.jit(lambda params: [leaf + 1 for leaf in params])
     total = jax.jit(lambda params: sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in params))
@@ -62,29 +67,29 @@ def main(_):
     keep_freed_memory()
     options = flags.FLAGS
     print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)\n")
-    table = Table("lowering", "dtype", "N", "d", "copy, ms", "forward / copy", "sum, ms", "VJP / sum", "kept, bytes")
+    table = Table("lowering", "dtype", "dropout", "N", "d", "copy, ms", "forward / copy", "sum, ms", "VJP / sum", "kept, bytes")
     figures = []
     for size in map(int, options.sizes):
         for dtype in options.dtypes:
             params = weights(size, dtype)
             n = sum(leaf.size for leaf in params)
-            for d in map(int, options.ds):
+            for d, dropout in itertools.product(map(int, options.ds), map(float, options.dropouts)):
                 for name in options.lowerings:
                     if d > n or (name == "signed_magnitude" and n > 20e6):
                         continue
                     theta = jnp.asarray(np.random.default_rng(1).standard_normal(d), jnp.float32)
                     layout = canonical_layout(params, transposed="." if name.endswith("elements") else None)
                     partition = jax.device_put(make_partition(layout, d, 42, scheme=LOWERINGS[name], params=params))
-                    seconds = in_turn(programs(params, theta, partition), options.repeats)
+                    seconds = in_turn(programs(params, theta, partition, dropout), options.repeats)
                     forward = ratios(seconds["forward"], seconds["copy"])
                     backward = ratios(seconds["vjp"], seconds["sum"])
                     size_kept = kept(params, theta, partition)
                     table.add(
-                        name, dtype, f"{n:,}", f"{d:,}", f"{1e3 * statistics.median(seconds['copy']):.2f}", spread(forward),
+                        name, dtype, dropout, f"{n:,}", f"{d:,}", f"{1e3 * statistics.median(seconds['copy']):.2f}", spread(forward),
                         f"{1e3 * statistics.median(seconds['sum']):.2f}", spread(backward), f"{size_kept:,}",
                     )  # fmt: skip
                     figures.append(
-                        {"lowering": name, "dtype": dtype, "n": n, "d": d, "kept": size_kept, "seconds": seconds}
+                        {"lowering": name, "dtype": dtype, "dropout": dropout, "n": n, "d": d, "kept": size_kept, "seconds": seconds}
                     )
                     save(table, figures=figures)
 
@@ -93,6 +98,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("sizes", [2**20, 14_155_776, 2**26, 2**28], "Numbers of adapted weights, N.")
     flags.DEFINE_list("ds", [256, 4096, 23_040, 2**20], "Lengths of theta.")
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of the weights.")
+    flags.DEFINE_list("dropouts", [0.0, 0.1], "Rates of dropout on P theta.")
     flags.DEFINE_multi_enum("lowerings", list(LOWERINGS), list(LOWERINGS), "Which; repeat the flag for several.")
     flags.DEFINE_integer("repeats", 9, "How often each call is timed.", lower_bound=1)
     app.run(main)

@@ -156,7 +156,7 @@ def kernel_cycles(text: str, name: str) -> int:
             regions.setdefault(region, at)
         for value, operation, operands in _ASSIGNED.findall(bundle):
             values[value] = operation, [operand.strip() for operand in operands.split(",")]
-            if operation == "sld" and (place := _SPILLED.fullmatch(operands.strip())) and place[1] in aside:
+            if operation == "sld" and (place := _SPILLED.match(operands)) and place[1] in aside:
                 values[value] = values.get(aside[place[1]], (None, []))  # the same value again
         aside |= dict(_SPILL.findall(bundle))
     for at, bundle in enumerate(bundles):
