@@ -62,9 +62,7 @@ def index_words(
     """
     shape, strides = leaf.shape, leaf.strides
     high, low = (jnp.asarray(word) for word in uint64.split(leaf.offset))
-    reach = [(n - 1) * step for n, step in zip(shape, strides)]
-    ends = leaf.offset + sum(min(x, 0) for x in reach), leaf.offset + sum(max(x, 0) for x in reach)
-    one_high_word = ends[0] >> 32 == ends[1] >> 32
+    one_high_word = not leaf.crosses_2_32
     steps = [step & uint64.MASK for step in strides]
     if layer is not None:
         number = jnp.asarray(layer, jnp.uint32)
@@ -82,5 +80,5 @@ def index_words(
         else:
             high, low = uint64.add(uint64.multiply((jnp.zeros_like(along), along), step), (high, low))
     if one_high_word:
-        high = jnp.uint32(ends[0] >> 32)
+        high = jnp.uint32(leaf.offset >> 32)
     return high, jnp.broadcast_to(low, shape)

@@ -324,6 +324,7 @@ def _tpu_lowering(primitive, function):
     lower = mlir.lower_fun(run, primitive.multiple_results)
 
     def rule(ctx, *operands, kernels, **params):
+        kernels = kernels and lowerings.tpu.fit_here()
         if kernels and not params["call"].split and _divided(ctx.module_context.axis_context):
             kernels = False
             warnings.warn(

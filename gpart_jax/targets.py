@@ -45,6 +45,11 @@ class Leaf:
         """Whether row-major order is the order of the indices, with no gaps."""
         return all(n == 1 or step == dense for n, step, dense in zip(self.shape, self.strides, _row_major(self.shape)))
 
+    @property
+    def crosses_2_32(self) -> bool:
+        """Whether the high words of the 64-bit indices aren't all equal."""
+        return self.offset >> 32 != (self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides))) >> 32
+
     def layers(self) -> list["Leaf"]:
         """The layers of a stacked leaf as leaves of their own, in order; any other leaf alone."""
         if not self.stacked:

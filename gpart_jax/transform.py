@@ -55,7 +55,7 @@ def gpart_transform(
       dropout: probability with which each entry of P theta is zeroed (the others are divided by 1 - dropout). Needs `key`;
         without a key nothing is dropped.
       key: `jax.random` key of the dropout mask. The mask is a function of the key and the index of each entry alone.
-      kernels: whether a TPU may use Pallas kernels; None: unless the environment variable GPART_KERNELS is 0.
+      kernels: whether a TPU (v5e, v5p, v6e) may use Pallas kernels; None: unless the environment variable GPART_KERNELS is 0.
 
     Returns:
       A pytree like `params`. Targeted leaves keep their shape and dtype (the sum is taken in float32 or wider and then
@@ -140,7 +140,7 @@ def bind(
             keys = tuple(own[view.leaf.path] if isinstance(own, dict) else own for view in views)
             cuts = tuple(_cut(view, table, split) for view in views)
             rate = 0.0 if drop is None else dropout
-            call = Call(region.scheme, region.d, region.size, cuts, layer is not None, rate, split is not None)
+            call = Call(region.scheme, region.d, cuts, layer is not None, rate, split is not None)
             weights = [leaves[view.leaf.path] for view in views]
             weights = [weight if view.layer is None else weight[view.layer] for view, weight in zip(views, weights)]
             results = primitive.adapt(call, table, weights, Where(keys, layer, None, drop), kernels)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpart_jax import canonical_layout, dropout, lowerings, make_partition
+from gpart_jax import Leaf, canonical_layout, dropout, lowerings, make_partition
 from gpart_jax.lowerings import pieces, tpu
 from gpart_jax.lowerings.base import Call, Cut, Where, as_table, is_doubled, shape_of
 from gpart_jax.partition import group_ids
@@ -29,7 +29,7 @@ def check(shapes, d, dtype, *, offset=0, parts=(), stacked=False, layer=None, ra
     partition = make_partition(layout, d, SEED)
     leaves = [view.leaf for view in partition.regions[0].views][bool(offset) :]
     cuts = tuple(Cut(leaf, tuple((axis, leaf.shape[axis] // count) for axis, _, count in parts)) for leaf in leaves)
-    call = Call("balanced-v1", d, layout.size, cuts, layer is not None, rate)
+    call = Call("balanced-v1", d, cuts, layer is not None, rate)
     starts = jnp.array([[index * n for (_, index, _), (_, n) in zip(parts, cut.parts)] for cut in cuts], jnp.int32) if parts else None
     where = Where((partition.keys[0],) * len(cuts), None if layer is None else jnp.int32(layer), starts, DROP if rate else None)
     assert all(tpu.reaches(call, n, jnp.dtype(dtype)) for n in range(len(cuts)))
@@ -119,10 +119,26 @@ def test_several_blocks_and_a_last_one_that_is_shorter(monkeypatch):
         check([(56, columns)], d, "bfloat16", offset=FILLER + 1)
 
 
+def test_the_mask_of_a_leaf_that_crosses_2_32():
+    leaf = Leaf("w", (40, 130), 2**32 - 2500, (130, 1))
+    call, where = Call("balanced-v1", 300, (Cut(leaf),), rate=0.5), Where((jnp.array([1, 2], jnp.uint32),), drop=DROP)
+    table, zeros = as_table(jnp.ones((8, 300)), "balanced-v1"), [jnp.zeros(leaf.shape)]
+    (found,) = jax.jit(lambda *a: tpu.adapt(call, *a, interpret=True))(where, table, zeros)
+    (expected,) = jax.jit(lambda *a: lowerings.adapt(call, *a, False))(table, zeros, where)
+    np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(found, jax.jit(lambda *a: tpu.adapt(call, *a, interpret=True))(
+        where._replace(drop=DROP + 1), table, zeros)[0])  # fmt: skip
+
+
+def test_parts_that_are_narrow_beside_their_rows():
+    """Many chunks begin in what lies between two rows of a part."""
+    check([(48, 1280)], 64, "float32", parts=[(1, 3, 10)])
+
+
 def reaches(shape, d=1000, dtype="float32", scheme="balanced-v1", transposed=None, parts=(), layered=False):
     layout = canonical_layout({"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, transposed=transposed, stacked="w" if layered else None)
     cut = Cut(layout.leaves[0], parts)
-    return tpu.reaches(Call(scheme, d, layout.size, (cut,), layered), 0, jnp.dtype(dtype))
+    return tpu.reaches(Call(scheme, d, (cut,), layered), 0, jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +154,9 @@ def reaches(shape, d=1000, dtype="float32", scheme="balanced-v1", transposed=Non
         (dict(shape=(64, 128)), dict(shape=(64, 128), dtype="float64")),
         (dict(shape=(64, 128)), dict(shape=(64, 128), scheme="splitmix64")),
         (dict(shape=(64, 128)), dict(shape=(64, 128), transposed="w")),
-        (dict(shape=(16, 2**15)), dict(shape=(2**17, 2**15))),  # 2^31 elements and more have no 32-bit offsets
+        (dict(shape=(16, 2**15)), dict(shape=(2**17, 2**14))),  # 2^31 elements and more have no 32-bit offsets
+        # Of the chunks that begin within 16 rows, the fewest of a block, 2^13 can be listed.
+        (dict(shape=(32, 2**15), d=64, parts=((1, 128),)), dict(shape=(32, 2**15 + 128), d=64, parts=((1, 128),))),
     ],
 )  # fmt: skip
 def test_where_kernels_are_for(inside, outside):
@@ -151,7 +169,7 @@ def test_what_kernels_are_not_for_is_lowered_otherwise():
     layout = canonical_layout([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (7,), (130, 64))], transposed="2")
     partition = make_partition(layout, 300, SEED)
     cuts = tuple(Cut(leaf) for leaf in layout.leaves)
-    call, where = Call("balanced-v1", 300, layout.size, cuts), Where((partition.keys[0],) * 3)
+    call, where = Call("balanced-v1", 300, cuts), Where((partition.keys[0],) * 3)
     theta = np.random.default_rng(0).standard_normal(300).astype(np.float32)
     table, zeros = as_table(jnp.asarray(theta[partition.permutations[0]]), "balanced-v1"), [jnp.zeros(leaf.shape) for leaf in layout.leaves]
 

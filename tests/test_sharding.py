@@ -224,13 +224,13 @@ def test_a_part_of_a_layer_is_that_part_of_the_whole(layers, rows, columns, d, s
         cotangents.append(chosen.copy())
 
     def expand(cut, layer=None, start=None):
-        call = Call(scheme, region.d, region.size, (cut,), layer is not None)
+        call = Call(scheme, region.d, (cut,), layer is not None)
         where = Where((key,), layer, None if start is None else jnp.reshape(start, (1, 1)))
         zeros = jnp.zeros(shape_of(call, 0))
         return lowerings.adapt(call, table, [zeros], where, False)[0]
 
     def contract(cut, cotangent, layer=None, start=None):
-        call = Call(scheme, region.d, region.size, (cut,), layer is not None)
+        call = Call(scheme, region.d, (cut,), layer is not None)
         where = Where((key,), layer, None if start is None else jnp.reshape(start, (1, 1)))
         return lowerings.contract(call, [cotangent], where, jnp.float32, False)
 

@@ -80,7 +80,7 @@ def test_leaves(chips, kind):
 def test_the_longest_theta(chips):
     """Tables of 34 MB; made outside, for that takes the compiler long."""
     layout = canonical_layout([jax.ShapeDtypeStruct((2**11, 2**13), jnp.float32)])
-    call, one = Call("balanced-v1", 2**20, layout.size, (Cut(layout.leaves[0]),)), jax.sharding.SingleDeviceSharding(chips[0])
+    call, one = Call("balanced-v1", 2**20, (Cut(layout.leaves[0]),)), jax.sharding.SingleDeviceSharding(chips[0])
     table, where = jax.ShapeDtypeStruct(table_shape(call), jnp.float32), Where((KEY,))
     weights = [jax.ShapeDtypeStruct((2**11, 2**13), jnp.float32)]
     both = lambda table, where, w: (lowerings.adapt(call, table, w, where, True), lowerings.contract(call, w, where, jnp.float32, True))  # noqa: E731

@@ -31,7 +31,6 @@ class Call(NamedTuple):
 
     scheme: str
     d: int  # of the region
-    size: int  # elements of the region
     cuts: tuple[Cut, ...]
     layered: bool = False  # one layer of each leaf, which is stacked, without the layer axis
     rate: float = 0.0  # of dropout

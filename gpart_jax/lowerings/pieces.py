@@ -25,9 +25,10 @@ SHORTEST = 64  # d for which a kernel is worth while: a piece costs 14 cycles or
 _FEWEST = 1024  # elements, likewise
 _NARROWEST = 64  # columns of a part along the last axis, whose rows are runs of their own
 _WIDEST = 2**15  # columns: a block has 16 rows at least
+_MOST = 2**13  # chunks that begin within a block: what is to be known of each lies in SMEM
 _BLOCK = 192 * 1024  # elements of a block, about: to work on them takes longer than to fetch the next begins to
 _UNROLLED = 48  # vectors of 8 x 128 that one turn of a loop over matrix rows works on
-STEP = 64  # flat rows of a piece at most
+STEP = 64  # flat rows of a piece, at most
 
 
 class Form(NamedTuple):
@@ -41,7 +42,7 @@ class Form(NamedTuple):
     flat: bool  # the array is laid out anew, 128 to a row
 
     def lay(self, array: jax.Array) -> jax.Array:
-        """(count, rows, columns), filled up with zeros to whole flat rows, and to rows that are a multiple of 8."""
+        """(matrices, rows, columns), filled up with zeros to whole flat rows, and to rows that are a multiple of 8."""
         if self.flat:
             array = array.reshape(self.matrices, -1)
             array = jnp.pad(array, ((0, 0), (0, self.rows * LANES - array.shape[1])))
@@ -94,8 +95,13 @@ def _up(n: int, of: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def form_of(cut: Cut, layered: bool) -> Form | None:
+def form_of(cut: Cut, layered: bool, d: int) -> Form | None:
     """None where the kernels don't reach, or aren't worth while."""
+    form = _form(cut, layered)
+    return form if form and 16 * form.pitch <= _MOST * d else None
+
+
+def _form(cut, layered) -> Form | None:
     layers, parts = _layers(cut, layered)
     if any(axis < 0 for axis in parts) or not all(layer.is_dense and layer.size < 2**31 for layer in layers):
         return None
@@ -127,15 +133,17 @@ def _layers(cut: Cut, layered: bool) -> tuple[list[Leaf], dict[int, int]]:
 def plan_of(form: Form, d: int, turned: int) -> Plan:
     """turned: 1 where the pieces must also fit into so many flat rows when they are turned into the tables' order, else 0."""
     per_row = -(-form.columns // LANES)
-    at_once = max(16, _UNROLLED * 8 // per_row // 16 * 16)
-    block = min(max(1, _BLOCK // (per_row * LANES * at_once)) * at_once, _up(form.rows, at_once))
+    most = _MOST * d // form.pitch // 16 * 16  # rows
+    at_once = min(max(16, _UNROLLED * 8 // per_row // 16 * 16), most)
+    block = min(max(1, min(_BLOCK // (per_row * LANES), most) // at_once) * at_once, _up(form.rows, at_once))
     joined = form.pitch == form.columns and form.columns % LANES == 0
     length = block * form.columns if joined else form.columns
     longest = min(-(-length // LANES), (d + 2 * LANES - 2) // LANES) + turned  # flat rows of a part of a chunk
     step = min(STEP, _up(longest, 8))
     cell = (step - turned) * LANES if longest > step else length
-    span = (block - 1) * form.pitch + form.columns
-    return Plan(block, at_once, per_row, 1 if joined else block, length, step, cell, -(-(span - 1) // d), not is_doubled("balanced-v1", d))
+    begins = -(-((min(block, form.rows) - 1) * form.pitch + form.columns - 1) // d)
+    runs, wraps = 1 if joined else block, not is_doubled("balanced-v1", d)
+    return Plan(block, at_once, per_row, runs, length, step, cell, begins, wraps)
 
 
 def begins_of(call: Call, where: Where):

@@ -4,10 +4,13 @@ Both hold the tables in VMEM, flat, 128 numbers a row, and fetch blocks of the a
 (`pieces.py`) is a slice of a table that begins anywhere: two loads one row apart, a choice by lane and one turn of the lanes put
 it in its place. Loads of every n-th flat row then give the (8, 128) tiles of a matrix. Forward, W is read once and W + P theta
 written once; backward, the cotangent is read once, and the sums stay in VMEM until the end.
+
+They were compiled for v5e, v5p and v6e. A v4 and older ones have too little VMEM, 16 MB.
 """
 
 import functools
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -23,14 +26,19 @@ from gpart_jax.lowerings.pieces import (
 )  # fmt: skip
 
 _GROUP = 64  # arrays that share a loop: to start a copy from one of them is a branch each
-_TOGETHER = 8  # loops of a kernel, each of which has its own blocks in VMEM
+_TOGETHER = 4  # loops of a kernel, each of which has its own blocks in VMEM
+
+
+def fit_here() -> bool:
+    """Whether the TPUs of this process, if it has any, have VMEM enough."""
+    return jax.default_backend() != "tpu" or not re.match("TPU v[234]", jax.devices()[0].device_kind)
 
 
 def reaches(call: Call, number: int, dtype) -> bool:
     """Whether the kernels are for a cut."""
     return (
         call.scheme == "balanced-v1" and SHORTEST <= call.d <= LONGEST and dtype in (jnp.float32, jnp.bfloat16)
-        and form_of(call.cuts[number], call.layered) is not None
+        and form_of(call.cuts[number], call.layered, call.d) is not None
     )  # fmt: skip
 
 
@@ -199,7 +207,7 @@ class Group(NamedTuple):
         column = jax.lax.broadcasted_iota(jnp.uint32, x.shape, 1) + np.uint32(columns.start)
         low = first_low + row * np.uint32(self.form.pitch) + column
         high = first_high
-        if call.size > 2**32:  # else there is no carry
+        if any(call.cuts[number].leaf.crosses_2_32 for number in self.numbers):
             high = jnp.where(low < first_low, first_high + np.uint32(1), first_high)
         return jnp.where(dropout.keep_mask(high, low, (key[0], key[1]), call.rate), x * dropout.scale(call.rate), 0)
 
@@ -259,7 +267,7 @@ def _groups(call, arrays, turned) -> list[list[Group]]:
     """The groups of one kernel after another."""
     numbers: dict = {}
     for number, array in enumerate(arrays):
-        numbers.setdefault((form_of(call.cuts[number], call.layered), array.dtype), []).append(number)
+        numbers.setdefault((form_of(call.cuts[number], call.layered, call.d), array.dtype), []).append(number)
     groups = []
     for (form, dtype), own in numbers.items():
         plan = plan_of(form, call.d, turned)
