@@ -51,15 +51,16 @@ PARTS = {
     "transform": Part(
         "P theta over a copy, its transpose over a sum", "transform",
         ["--sizes=14155776", DS, "--lowerings=balanced-v1, stream"],
-        ["--sizes=589824", "--ds=512", "--dtypes=float32", "--repeats=1", "--lowerings=balanced-v1, stream"],
+        ["--sizes=589824", "--ds=512", "--dtypes=float32", "--dropouts=0.1", "--repeats=1", "--lowerings=balanced-v1, stream"],
     ),
     "transform-large": Part(
         "The same, of more weights", "transform", ["--sizes=268435456", DS, "--lowerings=balanced-v1, stream"],
-        ["--sizes=1179648", "--ds=512", "--dtypes=bfloat16", "--repeats=1", "--lowerings=balanced-v1, stream"],
+        ["--sizes=1179648", "--ds=512", "--dtypes=bfloat16", "--dropouts=0", "--repeats=1", "--lowerings=balanced-v1, stream"],
     ),
     "elements": Part(
         "The same, element by element", "transform",
-        ["--sizes=14155776", "--ds=23040", *OTHERS], ["--sizes=589824", "--ds=512", "--dtypes=float32", "--repeats=1", *OTHERS],
+        ["--sizes=14155776", "--ds=23040", "--dropouts=0", *OTHERS],
+        ["--sizes=589824", "--ds=512", "--dtypes=float32", "--dropouts=0", "--repeats=1", *OTHERS],
     ),
     "step": Part(
         "A training step of an encoder, float32", "step", ["--models=roberta-base", *STEP], ["--models=tiny-encoder", *TINY_STEP]

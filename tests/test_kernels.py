@@ -133,6 +133,7 @@ def test_the_mask_of_a_leaf_that_crosses_2_32():
 def test_parts_that_are_narrow_beside_their_rows():
     """Many chunks begin in what lies between two rows of a part."""
     check([(48, 1280)], 64, "float32", parts=[(1, 3, 10)])
+    check([(64, 128)], 300, "bfloat16", parts=[(1, 5, 8)], rate=0.25)
 
 
 def reaches(shape, d=1000, dtype="float32", scheme="balanced-v1", transposed=None, parts=(), layered=False):
@@ -148,7 +149,7 @@ def reaches(shape, d=1000, dtype="float32", scheme="balanced-v1", transposed=Non
         (dict(shape=(2**13, 2**8), d=2**20), dict(shape=(2**13, 2**8), d=2**20 + 1)),
         (dict(shape=(1024,)), dict(shape=(1023,))),
         (dict(shape=(8, 128)), dict(shape=(7, 128))),
-        (dict(shape=(64, 128), parts=((1, 64),)), dict(shape=(64, 128), parts=((1, 32),))),
+        (dict(shape=(64, 128), parts=((1, 16),)), dict(shape=(256, 128), parts=((1, 8),))),
         (dict(shape=(4, 64, 128), parts=((0, 2),)), dict(shape=(4, 64, 128), parts=((0, 2),), layered=True)),
         (dict(shape=(64, 128)), dict(shape=(64, 128), dtype="float16")),
         (dict(shape=(64, 128)), dict(shape=(64, 128), dtype="float64")),

@@ -31,19 +31,20 @@ D = 300
 PLATFORM_DEPENDENT = jax.lax.platform_dependent
 
 
-@pytest.fixture(autouse=True, params=["cpu", "elsewhere"])
+@pytest.fixture(autouse=True, params=["cpu", "cpu, cut windows", "elsewhere"])
 def lowering(request):
     """Programs traced meanwhile take this branch of `platform_dependent`; yields what they should have added chunks with."""
 
     def chosen(*args, default=None, **of):
-        return of.get(request.param, default)(*args)
+        return of.get(request.param[:3], default)(*args)
 
-    name = "_add_windows" if request.param == "cpu" else "_add_as_rows"
+    name = "_add_as_rows" if request.param == "elsewhere" else "_add_windows"
     added = mock.Mock(wraps=getattr(plain, name))
     with (
         mock.patch.object(jax.lax, "platform_dependent", chosen),
         mock.patch.object(plain, name, added),
-        mock.patch.object(plain, "_SHORTEST_WINDOW", 1),
+        mock.patch.object(plain, "_WINDOW", 64 if "cut" in request.param else 1),  # a chunk begins in some, or in none
+        mock.patch.object(plain, "_FEW", 2),
     ):
         yield added
 
@@ -62,7 +63,7 @@ def test_stacked_and_transposed_leaves(lowering):
 
 
 def test_runs_shorter_than_d(lowering):
-    check_definition({"layers": [jnp.zeros((9, 40)), jnp.zeros((9, 50))]}, D, 7, "balanced-v1", stacked="^layers")
+    check_definition({"layers": [jnp.zeros((9, 80)), jnp.zeros((9, 100))]}, D, 7, "balanced-v1", stacked="^layers")
     assert lowering.called
 
 
@@ -162,7 +163,8 @@ def test_no_loop_over_chunks_but_on_a_cpu(platform, rows, dtype, loops):
     pull = jax.jit(lambda g: jax.vjp(lambda theta: gpart_transform(params, theta, 3), theta)[1](g))
     with (
         mock.patch.object(jax.lax, "platform_dependent", PLATFORM_DEPENDENT),
-        mock.patch.object(plain, "_SHORTEST_WINDOW", 256),
+        mock.patch.object(plain, "_WINDOW", 256),
+        mock.patch.object(plain, "_FEW", 32),
     ):
         exported = jax.export.export(pull, platforms=[platform])(params)
     assert str(exported.mlir_module()).count("stablehlo.while") == loops

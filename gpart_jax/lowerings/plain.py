@@ -23,7 +23,8 @@ from gpart_jax.partition import TABLES
 from gpart_jax.targets import Leaf
 
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
-_SHORTEST_WINDOW = 256  # likewise, of windows
+_WINDOW = 256  # the shortest windows: a CPU's scatter takes as long for longer ones
+_FEW = 32  # windows to a chunk from which on those that a chunk begins in are few
 _PIECE = 2**25  # so many elements, or 8 chunks, are turned at once on a GPU
 
 
@@ -126,8 +127,8 @@ def _expand(call, runs, key, table, layer):
 def _block_width(call: Call, runs: Runs) -> int:
     """Whole rows that no chunk begins in; or the most up to d that are whole rows, or a part of one; d where they are few."""
     d, rows, columns = call.d, runs.length // runs.columns, runs.columns
-    window = _window(call, runs)
-    if window >= _SHORTEST_WINDOW and window % columns == 0:
+    window = math.gcd(*runs.starts.tolist(), d, runs.length)
+    if window >= _WINDOW and window % columns == 0:
         return window
     if columns <= d:
         width = columns * next(n for n in range(min(rows, d // columns), 0, -1) if rows % n == 0)
@@ -140,32 +141,71 @@ def _block_width(call: Call, runs: Runs) -> int:
 
 
 def _on_cpu(call, every, dtype, key, cotangents, layer):
-    total = jnp.zeros_like(cotangents[0], shape=2 * TABLES * call.d, dtype=dtype)
-    # A scatter moves 67 million numbers in 14 to 17 ms, a loop in 16 (chunks of 23,040) to 22 (of 256). But for a scatter XLA
-    # would first widen all of a leaf, which took 150 ms.
-    windowed = [_window(call, runs) >= _SHORTEST_WINDOW and g.dtype == dtype for runs, g in zip(every, cotangents)]
-    pieces = [(_windows if chosen else _chunks)(call, runs) for runs, chosen in zip(every, windowed)]
-    for chosen, piece, at, cotangent in zip(windowed, pieces, _places(call, pieces, key, layer), cotangents):
-        total = _add_windows(total, at, cotangent) if chosen else _add_in_turn(total, piece, at, cotangent, layer)
-    return total
+    d = call.d
+    # A scatter adds windows, equal pieces, as fast as a loop adds chunks, and two scatters can run at once, on two cores. But
+    # XLA would first widen all of a narrow leaf for a scatter, which takes ten times as long as the loop.
+    windowed = [g.dtype == dtype and _window(call, runs) > 0 for runs, g in zip(every, cotangents)]
+    pieces = []
+    for chosen, runs in zip(windowed, every):
+        pieces += _windows(call, runs) if chosen else [_chunks(call, runs)]
+    places, rest = iter(zip(pieces, _places(call, pieces, key, layer))), []
+    small = len(every) > 1 and sum(cotangent.size for cotangent in cotangents) >= 256 * d
+    totals = [jnp.zeros_like(cotangents[0], shape=2 * TABLES * d + _WINDOW, dtype=dtype)] * (2 if small else 1)
+    for n, (chosen, cotangent) in enumerate(zip(windowed, cotangents)):
+        if chosen:
+            windows, at = next(places)
+            # A window that a chunk begins in goes behind the tables; its two parts are added below.
+            at = jnp.where(of_layer(layer, (windows.low == 0) & (windows.high == windows.width)), at, 2 * TABLES * d)
+            which = n * len(totals) // len(every)
+            totals[which] = _add_windows(totals[which], at, cotangent[:, : at.shape[1] * windows.width])
+        rest.append((*next(places), cotangent))
+    total = sum(totals[1:], totals[0])
+    for piece, at, cotangent in rest:
+        total = _add_in_turn(total, piece, at, cotangent, layer)
+    return total[: 2 * TABLES * d]
 
 
 class _Pieces(NamedTuple):
-    """Slices of the runs of a leaf, each of which begins in one chunk; (runs, pieces) each."""
+    """Slices of the runs of a leaf; (runs, pieces) each, but for the width."""
 
-    chunk: np.ndarray  # uint64
-    r: np.ndarray  # int32, where in its chunk a piece begins
+    width: int
+    chunk: np.ndarray  # uint64, to which a piece belongs
+    r: np.ndarray  # int32, where in its chunk it begins, modulo d
     start: np.ndarray  # int32, where in its run
     low: np.ndarray  # int32, from which of its elements on it counts
     high: np.ndarray  # int32, and up to which
 
 
-def _windows(call, runs) -> _Pieces:
-    """Equal pieces that no chunk begins in."""
-    width = _window(call, runs)
-    chunk, r = _in_chunks(call, runs, 0, width, runs.length // width)
-    start = np.broadcast_to(np.arange(0, runs.length, width, dtype=np.int32), r.shape)
-    return _Pieces(chunk, r, start, np.zeros_like(start), np.full_like(start, width))
+def _window(call, runs) -> int:
+    """The width of a leaf's windows: the longest that no chunk begins in, else one that few chunks begin in; 0: none."""
+    longest = math.gcd(*runs.starts.tolist(), call.d, runs.length)
+    if longest >= _WINDOW:
+        return longest
+    return _WINDOW if call.d >= _FEW * _WINDOW and runs.length >= _WINDOW else 0
+
+
+def _windows(call, runs) -> list[_Pieces]:
+    """Windows, one after another; and, in two pieces each, those that a chunk begins in, and what is left at a run's end."""
+    width, d, left = _window(call, runs), np.uint64(call.d), runs.length % _window(call, runs)
+    start = np.append(np.arange(0, runs.length - width + 1, width), [runs.length - width] if left else [])
+    chunk, r = np.divmod(runs.starts[:, None] + start.astype(np.uint64), d)
+    high = np.minimum(width, (d - r).astype(np.int64))  # of the chunk that a window begins in
+    low = np.zeros_like(high)
+    low[:, -1] = width - left if left else 0
+    split = [np.flatnonzero((of_low > 0) | (of_high < width)) for of_low, of_high in zip(low, high)]
+    most = max(map(len, split))
+    chosen = np.array([np.resize(of, most) if len(of) else np.zeros(most) for of in split], np.int64)
+    real = np.arange(most) < np.array([[len(of)] for of in split])
+    of_split = [np.take_along_axis(np.broadcast_to(x, chunk.shape), chosen, 1) for x in (chunk, r, start, low, high)]
+
+    def parts(second):
+        chunk, r, start, low, high = of_split
+        ends = (np.maximum(low, high), width) if second else (low, high)
+        return chunk + np.uint64(second), r, start, *(np.where(real, end, 0) for end in ends)
+
+    whole = chunk, r, np.broadcast_to(start, r.shape), low, high
+    both = (np.concatenate(two, 1) for two in zip(parts(False), parts(True)))
+    return [_Pieces(width, x[0], *(y.astype(np.int32) for y in x[1:])) for x in ([x[:, : runs.length // width] for x in whole], list(both))]
 
 
 def _chunks(call, runs) -> _Pieces:
@@ -177,7 +217,7 @@ def _chunks(call, runs) -> _Pieces:
     width = min(d, length)
     start = np.clip(begin, 0, length - width)
     low, high = np.maximum(begin - start, 0), np.minimum(np.minimum(begin + d, length) - start, width)
-    return _Pieces(chunk, *(x.astype(np.int32) for x in ((start - begin) % d, start, low, high)))
+    return _Pieces(width, chunk, *(x.astype(np.int32) for x in ((start - begin) % d, start, low, high)))
 
 
 def _places(call, every, key, layer):
@@ -198,7 +238,7 @@ def _add_windows(total, at, cotangent):
 
 def _add_in_turn(total, pieces, at, cotangent, layer):
     """One after another, in place."""
-    width = min(total.size // (2 * TABLES), cotangent.shape[1])
+    width = pieces.width
     run = np.broadcast_to(np.arange(len(at), dtype=np.int32)[:, None], at.shape)
     numbers = run, at, *of_layer(layer, (pieces.start, pieces.low, pieces.high))
 
@@ -286,11 +326,6 @@ def _groups(call, runs, key, layer):
 def _chunks_of(call, runs) -> int:
     """How many chunks a run has a part of, at most."""
     return -(-(int((runs.starts % np.uint64(call.d)).max()) + runs.length) // call.d)
-
-
-def _window(call, runs) -> int:
-    """The length of the longest equal pieces of runs that no chunk begins in."""
-    return math.gcd(*runs.starts.tolist(), call.d, runs.length)
 
 
 def _in_chunks(call, runs, start, width, count):

@@ -86,7 +86,7 @@ def test_the_check_finds_a_wrong_group(monkeypatch):
     right = check.check("mesh", "balanced-v1", "float32", 300, 2, 32)
     assert right[:3] == ["equal", "within", "equal"] and float(right[3]) <= 2
     group_ids = check.group_ids
-    monkeypatch.setattr(check, "group_ids", lambda region, index, rho: (group_ids(region, index, rho) + (index == 0)) % 300)
+    monkeypatch.setattr(check, "group_ids", lambda scheme, d, seed, index, rho: (group_ids(scheme, d, seed, index, rho) + (index == 0)) % d)
     wrong = check.check("leaves", "balanced-v1", "float32", 300, 2, 32)
     assert wrong[0].startswith("wrong in 1 of") and wrong[1].startswith("wrong in 1 of")
     assert wrong[2] == "wrong in 2 of 300" and wrong[3].startswith("wrong")
