@@ -1,5 +1,8 @@
 """The TPU's kernels in interpret mode on a CPU, against the definition in NumPy. `test_tpu.py` compiles them for a TPU."""
 
+import contextlib
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,22 +76,32 @@ RATES = st.sampled_from([0.0, 0.0, 0.25])
 FILLER = 70_000  # elements before the leaves, so that there are as many as groups
 
 
+@contextlib.contextmanager
+def short_loops():
+    """Pieces of 16 flat rows at most, and little unrolled: half the time to compile. The tests further down leave both alone."""
+    with mock.patch.multiple(pieces, STEP=16, _UNROLLED=8), mock.patch.object(tpu, "STEP", 16):
+        yield
+
+
 @settings(max_examples=14)
 @given(st.integers(1, 40), st.sampled_from([64, 100, 128, 130, 256, 300]), LENGTHS, DTYPES, OFFSETS, RATES)
 def test_matrices(rows, columns, d, dtype, offset, rate):
-    check([(rows + 1024 // columns, columns)], d, dtype, offset=offset + FILLER, rate=rate)
+    with short_loops():
+        check([(rows + 1024 // columns, columns)], d, dtype, offset=offset + FILLER, rate=rate)
 
 
 @settings(max_examples=4)
 @given(st.integers(1024, 9000), LENGTHS, DTYPES, OFFSETS, RATES)
 def test_vectors(n, d, dtype, offset, rate):
-    check([(n,)], d, dtype, offset=offset + FILLER, rate=rate)
+    with short_loops():
+        check([(n,)], d, dtype, offset=offset + FILLER, rate=rate)
 
 
 @settings(max_examples=5)
 @given(st.integers(2, 4), st.integers(1, 30), st.sampled_from([30, 64, 130, 256]), LENGTHS, DTYPES, OFFSETS, RATES)
 def test_three_dimensions(count, rows, columns, d, dtype, offset, rate):
-    check([(count, rows + 1024 // columns, columns)], d, dtype, offset=offset + FILLER, rate=rate)
+    with short_loops():
+        check([(count, rows + 1024 // columns, columns)], d, dtype, offset=offset + FILLER, rate=rate)
 
 
 @settings(max_examples=10)
@@ -96,7 +109,8 @@ def test_three_dimensions(count, rows, columns, d, dtype, offset, rate):
 def test_parts_of_a_layer(rows, columns, d, dtype, offset, rate, layer, kind):
     """The rows, the columns, or both, that one device holds of a stacked leaf; one layer, whose number is traced."""
     parts = {"r": [(1, 1, 2)], "c": [(2, 1, 2)], "b": [(1, 0, 2), (2, 1, 2)]}[kind]
-    check([(3, 32 * rows, columns)], d, dtype, offset=offset + FILLER, parts=parts, stacked=True, layer=layer, rate=rate)
+    with short_loops():
+        check([(3, 32 * rows, columns)], d, dtype, offset=offset + FILLER, parts=parts, stacked=True, layer=layer, rate=rate)
 
 
 @pytest.mark.parametrize("d", [100, 5000, 66_048])
