@@ -27,8 +27,8 @@ class Chip(NamedTuple):
     flops: float  # bfloat16 operations a second in matrix products
 
 
-# Bandwidth and FLOP/s are those of Google Cloud's page on each chip. A clock is its FLOP/s by the operations of its matrix units
-# in a cycle: 131,072 on v5e, 262,144 on v5p. For v6e that isn't published clearly: at 1.75e9, what XLA takes a copy to move is
+# Bandwidth and FLOP/s are those of Google Cloud's pages on v5e and v6e; v5p's from other pages, its own wasn't read. A clock is the
+# FLOP/s by the operations of the matrix units in a cycle: 131,072 on v5e, 262,144 on v5p. For v6e that isn't published clearly: at 1.75e9, what XLA takes a copy to move is
 # the same share of the bandwidth as on v5e (0.81), and what it takes a product to do is within the peak.
 CHIPS = {
     "v5e": Chip(1.5e9, 819e9, 197e12),
@@ -148,7 +148,7 @@ def kernel_cycles(text: str, name: str) -> int:
         if match := _BUNDLE.match(line):
             assert int(match[1], 16) == len(bundles), f"{name}: no bundle {len(bundles):#x}"
             bundles.append(line)
-        elif bundles:  # a comment goes on
+        elif bundles:  # the rest of a comment
             bundles[-1] += line
     regions, values, aside, times = {}, {}, {}, [1] * len(bundles)
     for at, bundle in enumerate(bundles):

@@ -24,7 +24,7 @@ def check(shapes, d, dtype, *, offset=0, parts=(), stacked=False, layer=None, ra
 
     Args:
       shapes: of leaves that are numbered one after another, behind `offset` other elements.
-      parts: (axis, index, count): which of so many equal parts along an axis of every leaf.
+      parts: (axis, index, count): which of `count` equal parts along an axis of every leaf.
       layer: of stacked leaves.
     """
     params = ([jnp.zeros(offset)] if offset else []) + [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]

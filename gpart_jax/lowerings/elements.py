@@ -17,7 +17,7 @@ from gpart_jax.lowerings.base import Call, Where, chunks_of, is_doubled, parts_o
 from gpart_jax.partition import SCHEMES, SIGNED_MAGNITUDE
 from gpart_jax.targets import Array, Leaf
 
-_PIECE = 2**20  # so many positions are held at once on the way back
+_PIECE = 2**20  # positions that are held at once on the way back
 _LONGEST_AXIS = 4096
 
 Part = tuple[int, int | Array, int]  # (axis, start, length): a slice of a leaf

@@ -2,7 +2,7 @@
 
 The kernels take an array as matrices, and a matrix in blocks of rows. In VMEM a block lies flat, 128 numbers a flat row, and each
 matrix row begins a new one. Where they leave no gap the block is one run of consecutive indices; else each matrix row is a run.
-A piece is a part of a run within one chunk, so that it is one slice of the tables, and of at most so many flat rows. So all
+A piece is a part of a run within one chunk, so that it is one slice of the tables, and of a few flat rows at most. So all
 pieces take the same time, and a block has a fixed number of them; those that a block doesn't need are empty.
 """
 
@@ -131,7 +131,7 @@ def _layers(cut: Cut, layered: bool) -> tuple[list[Leaf], dict[int, int]]:
 
 
 def plan_of(form: Form, d: int, turned: int) -> Plan:
-    """turned: 1 where the pieces must also fit into so many flat rows when they are turned into the tables' order, else 0."""
+    """turned: 1 where a piece, turned into the tables' order, must also fit into its number of flat rows, else 0."""
     per_row = -(-form.columns // LANES)
     most = _MOST * d // form.pitch // 16 * 16  # rows
     at_once = min(max(16, _UNROLLED * 8 // per_row // 16 * 16), most)

@@ -25,7 +25,7 @@ from gpart_jax.targets import Leaf
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
 _WINDOW = 256  # the shortest windows: a CPU's scatter takes as long for longer ones
 _FEW = 32  # windows to a chunk from which on those that a chunk begins in are few
-_PIECE = 2**25  # so many elements, or 8 chunks, are turned at once on a GPU
+_PIECE = 2**25  # elements, or 8 chunks, that a GPU turns at once
 
 
 class Runs(NamedTuple):

@@ -42,6 +42,26 @@ def test_bundles_count_as_often_as_their_loops_turn(committed):
     assert cycles.kernel_cycles(text.replace("sfence", "vdelay 9"), "nested") == NESTED + 9
 
 
+SPILLED = """
+     0   :  { %s1_s0 = smov.u32 0 }
+   0x1 LB: > { %s2_s1 = sphi %s1_s0, %s9_s2  ;;  %8 = sst [smem:[#allocation7_spill]] %s2_s1 } /* Start region 5 */
+   0x2   : > { %s5_s1 = sld [smem:[#allocation7_spill]] (%p0_p1) /* phi copy */ }
+   0x3   : > { %s9_s2 = sadd.s32 1, %s5_s1 /* copy for cssa */ }
+   0x4   : > { %s6_s3 = smov.u32 (%p0_p1), %s9_s2  ;;  %p3_p0 = scmp.ge.s32.totalorder %s6_s3, 7 /* loop exit test */ }
+   0x5   : > { %9 = sbr.rel (!%p3_p0) target = $region5 }
+   0x6   : > { %10 = vnop }
+   0x7   : > { %11 = vnop }
+   0x8   : > { %12 = vnop }
+   0x9   : > { %13 = vnop }
+   0xa   :  { %14 = vnop }
+"""
+
+
+def test_a_counter_that_is_put_aside_and_copied_is_followed():
+    """As the compiler does where registers are few."""
+    assert cycles.kernel_cycles(SPILLED, "spilled") == 1 + 7 * 9 + 1
+
+
 def test_a_loop_of_unknown_length_is_refused(committed):
     with pytest.raises(ValueError, match="unknown.1: how often its loop of bundles 0xe to 0x11 turns depends on data"):
         cycles.kernel_cycles(committed[1]["unknown.1"], "unknown.1")
