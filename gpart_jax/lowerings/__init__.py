@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from gpart_jax import dropout
 from gpart_jax.lowerings import elements, plain, tpu
@@ -42,7 +43,7 @@ def adapt(call: Call, table: jax.Array, weights: Sequence[jax.Array], where: Whe
     return [results[number] for number in range(len(weights))]
 
 
-def contract(call: Call, cotangents: Sequence[jax.Array], where: Where, dtype, kernels: bool) -> jax.Array:
+def contract(call: Call, cotangents: Sequence[jax.Array], where: Where, dtype: DTypeLike, kernels: bool) -> jax.Array:
     """The tables' cotangent, of that dtype, from the cuts'. Arguments as in `adapt`."""
     chosen = _for_kernels(call, [(x.dtype, dtype) for x in cotangents], kernels)
     total = None
@@ -66,7 +67,7 @@ def _for_kernels(call, dtypes, kernels) -> list[int]:
     return [n for n, (own, table) in enumerate(dtypes) if kernels and table == jnp.float32 and tpu.reaches(call, n, own)]
 
 
-def some(call: Call, where: Where, numbers) -> tuple[Call, Where]:
+def some(call: Call, where: Where, numbers: Sequence[int]) -> tuple[Call, Where]:
     """The call for some of its cuts."""
     starts = None if where.starts is None else where.starts[np.array(numbers)]
     keys = tuple(where.keys[n] for n in numbers)

@@ -5,7 +5,7 @@ theta. They are one array, (8, rows, 128) or (1, rows, 128): the d numbers of a 
 balanced-v1 hold them twice in a row up to a certain d, so that any rotation of a table is one slice of it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def chunks_of(d: int, key: Array, c: tuple) -> tuple[jax.Array, jax.Array]:
     return (low % np.uint32(TABLES)).astype(jnp.int32), (high % np.uint32(d)).astype(jnp.int32)
 
 
-def of_layer(layer: Array | None, tree):
+def of_layer(layer: Array | None, tree: Any) -> Any:
     """The row of one layer, (1, ...), or all rows, of arrays with a row for each layer."""
     if layer is None:
         return tree

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpart_jax import uint64
 from gpart_jax.lowerings.base import LANES, Call, Cut, Where, chunks_of, is_doubled, row_length
-from gpart_jax.targets import Leaf
+from gpart_jax.targets import Array, Leaf
 
 LEAD = 8  # flat rows before the tables, and before a block: a slice that begins within a row is read from the row's begin
 LONGEST = 2**20  # d whose tables, 34 MB, fit into VMEM beside the blocks
@@ -29,6 +29,9 @@ _MOST = 2**13  # chunks that begin within a block: what is to be known of each l
 _BLOCK = 192 * 1024  # elements of a block, about: to work on them takes longer than to fetch the next begins to
 _UNROLLED = 48  # vectors of 8 x 128 that one turn of a loop over matrix rows works on
 STEP = 64  # flat rows of a piece, at most
+
+
+Begins = tuple[tuple[Array, Array], Array]  # the chunk (high, low) and the place in it, uint32 (n,)
 
 
 class Form(NamedTuple):
@@ -146,8 +149,8 @@ def plan_of(form: Form, d: int, turned: int) -> Plan:
     return Plan(block, at_once, per_row, runs, length, step, cell, begins, wraps)
 
 
-def begins_of(call: Call, where: Where):
-    """Where layers begin: the chunk (high, low) and the place in it, each uint32, of all layers of all cuts one after another."""
+def begins_of(call: Call, where: Where) -> Begins:
+    """Where layers begin, of all layers of all cuts one after another."""
     of_cuts = [_layers(cut, call.layered) for cut in call.cuts]
     offsets = np.array([[layer.offset for layer in layers] for layers, _ in of_cuts] if call.layered else
                        [[layer.offset] for layers, _ in of_cuts for layer in layers], np.uint64).T  # fmt: skip
@@ -163,8 +166,8 @@ def begins_of(call: Call, where: Where):
     return _carried(call.d, (high, low), r)
 
 
-def matrices_of(call: Call, form: Form, numbers: Sequence[int], begins):
-    """Where the matrices of the cuts with these numbers begin, as `begins_of`."""
+def matrices_of(call: Call, form: Form, numbers: Sequence[int], begins: Begins) -> Begins:
+    """Where the matrices of the cuts with these numbers begin."""
     counts = [1 if call.layered else len(_layers(cut, False)[0]) for cut in call.cuts]
     ends = np.cumsum(counts)
     chosen = np.concatenate([np.arange(ends[n] - counts[n], ends[n]) for n in numbers])
@@ -178,7 +181,7 @@ def _carried(d, chunk, r):
     return uint64.add(chunk, (carry * np.uint32(0), carry)), r - carry * np.uint32(d)
 
 
-def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices) -> jax.Array:
+def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices: Begins) -> jax.Array:
     """What the kernels read of each block's pieces, int32 (blocks, 3 or 4, pieces, up to a multiple of 128).
 
     Of each piece: the flat row of the block that it begins in; where in the tables that row begins, which may be before the

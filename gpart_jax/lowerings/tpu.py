@@ -11,6 +11,7 @@ They were compiled for v5e, v5p and v6e. A v4 and older ones have too little VME
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,7 +35,7 @@ def fit_here() -> bool:
     return jax.default_backend() != "tpu" or not re.match("TPU v[234]", jax.devices()[0].device_kind)
 
 
-def reaches(call: Call, number: int, dtype) -> bool:
+def reaches(call: Call, number: int, dtype: np.dtype) -> bool:
     """Whether the kernels are for a cut."""
     return (
         call.scheme == "balanced-v1" and SHORTEST <= call.d <= LONGEST and dtype in (jnp.float32, jnp.bfloat16)
@@ -42,7 +43,9 @@ def reaches(call: Call, number: int, dtype) -> bool:
     )  # fmt: skip
 
 
-def adapt(call: Call, where: Where, table: jax.Array, weights, interpret: bool = False) -> list[jax.Array]:
+def adapt(
+    call: Call, where: Where, table: jax.Array, weights: Sequence[jax.Array], interpret: bool = False
+) -> list[jax.Array]:
     """W + P theta of each cut, all of which the kernels reach. Arguments as in `lowerings.adapt`."""
     table, begins = table.reshape(-1, LANES), begins_of(call, where)
     results: dict[int, jax.Array] = {}
@@ -56,7 +59,7 @@ def adapt(call: Call, where: Where, table: jax.Array, weights, interpret: bool =
     return [results[n] for n in range(len(weights))]
 
 
-def contract(call: Call, where: Where, cotangents, interpret: bool = False) -> jax.Array:
+def contract(call: Call, where: Where, cotangents: Sequence[jax.Array], interpret: bool = False) -> jax.Array:
     """The tables' cotangent, (8, rows, 128), from those of the cuts, all of which the kernels reach."""
     begins, totals = begins_of(call, where), []
     for groups in _groups(call, cotangents, turned=1):
@@ -156,7 +159,7 @@ def _read(words, n):
     return LEAD + row, first, source & 127, bounds & 0xFFFF, jax.lax.shift_right_logical(bounds, 16)
 
 
-class Group(NamedTuple):
+class _Group(NamedTuple):
     """Arrays of one form and dtype, whose blocks go through the same buffers in one loop."""
 
     form: Form
@@ -212,7 +215,7 @@ class Group(NamedTuple):
         return jnp.where(dropout.keep_mask(high, low, (key[0], key[1]), call.rate), x * dropout.scale(call.rate), 0)
 
 
-def _stream(group: Group, word_ref, arrays, results, scratch, work):
+def _stream(group: _Group, word_ref, arrays, results, scratch, work):
     """work(words, block) or work(words, block, result) for one block after another, the next one being fetched meanwhile."""
     plan = group.plan
     words, sems, *buffers = scratch
@@ -263,7 +266,7 @@ def _copy(source, to, sem):
     copy.wait()
 
 
-def _groups(call, arrays, turned) -> list[list[Group]]:
+def _groups(call, arrays, turned) -> list[list[_Group]]:
     """The groups of one kernel after another."""
     numbers: dict = {}
     for number, array in enumerate(arrays):
@@ -271,7 +274,7 @@ def _groups(call, arrays, turned) -> list[list[Group]]:
     groups = []
     for (form, dtype), own in numbers.items():
         plan = plan_of(form, call.d, turned)
-        groups += [Group(form, plan, dtype, tuple(own[n : n + _GROUP])) for n in range(0, len(own), _GROUP)]
+        groups += [_Group(form, plan, dtype, tuple(own[n : n + _GROUP])) for n in range(0, len(own), _GROUP)]
     return [groups[n : n + _TOGETHER] for n in range(0, len(groups), _TOGETHER)]
 
 
