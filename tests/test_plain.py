@@ -45,6 +45,7 @@ def lowering(request):
         mock.patch.object(plain, name, added),
         mock.patch.object(plain, "_WINDOW", 64 if "cut" in request.param else 1),  # a chunk begins in some, or in none
         mock.patch.object(plain, "_FEW", 2),
+        mock.patch.object(plain, "_LONG", 1),
     ):
         yield added
 

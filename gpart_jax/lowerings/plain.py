@@ -24,6 +24,7 @@ from gpart_jax.targets import Leaf
 
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
 _WINDOW = 256  # the shortest windows: a CPU's scatter takes as long for longer ones
+_LONG = 256  # times d: from this number of elements on a CPU makes two sums, and cuts windows
 _FEW = 32  # windows to a chunk from which on those that a chunk begins in are few
 _PIECE = 2**25  # elements, or 8 chunks, that a GPU turns at once
 
@@ -144,15 +145,15 @@ def _on_cpu(call, every, dtype, key, cotangents, layer):
     d = call.d
     # A scatter adds windows, equal pieces, as fast as a loop adds chunks, and two scatters can run at once, on two cores. But
     # XLA would first widen all of a narrow leaf for a scatter, which takes ten times as long as the loop.
-    windowed = [g.dtype == dtype and _window(call, runs) > 0 for runs, g in zip(every, cotangents)]
+    long = sum(cotangent.size for cotangent in cotangents) > _LONG * d  # else the tables cost as much as the leaves
+    widths = [_window(call, runs, long) if g.dtype == dtype else 0 for runs, g in zip(every, cotangents)]
     pieces = []
-    for chosen, runs in zip(windowed, every):
-        pieces += _windows(call, runs) if chosen else [_chunks(call, runs)]
+    for width, runs in zip(widths, every):
+        pieces += _windows(call, runs, width) if width else [_chunks(call, runs)]
     places, rest = iter(zip(pieces, _places(call, pieces, key, layer))), []
-    small = len(every) > 1 and sum(cotangent.size for cotangent in cotangents) >= 256 * d
-    totals = [jnp.zeros_like(cotangents[0], shape=2 * TABLES * d + _WINDOW, dtype=dtype)] * (2 if small else 1)
-    for n, (chosen, cotangent) in enumerate(zip(windowed, cotangents)):
-        if chosen:
+    totals = [jnp.zeros_like(cotangents[0], shape=2 * TABLES * d + _WINDOW, dtype=dtype)] * (2 if long and len(every) > 1 else 1)
+    for n, (width, cotangent) in enumerate(zip(widths, cotangents)):
+        if width:
             windows, at = next(places)
             # A window that a chunk begins in goes behind the tables; its two parts are added below.
             at = jnp.where(of_layer(layer, (windows.low == 0) & (windows.high == windows.width)), at, 2 * TABLES * d)
@@ -176,17 +177,17 @@ class _Pieces(NamedTuple):
     high: np.ndarray  # int32, and up to which
 
 
-def _window(call, runs) -> int:
+def _window(call, runs, long) -> int:
     """The width of a leaf's windows: the longest that no chunk begins in, else one that few chunks begin in; 0: none."""
     longest = math.gcd(*runs.starts.tolist(), call.d, runs.length)
     if longest >= _WINDOW:
         return longest
-    return _WINDOW if call.d >= _FEW * _WINDOW and runs.length >= _WINDOW else 0
+    return _WINDOW if long and call.d >= _FEW * _WINDOW and runs.length >= _WINDOW else 0
 
 
-def _windows(call, runs) -> list[_Pieces]:
+def _windows(call, runs, width) -> list[_Pieces]:
     """Windows, one after another; and, in two pieces each, those that a chunk begins in, and what is left at a run's end."""
-    width, d, left = _window(call, runs), np.uint64(call.d), runs.length % _window(call, runs)
+    d, left = np.uint64(call.d), runs.length % width
     start = np.append(np.arange(0, runs.length - width + 1, width), [runs.length - width] if left else [])
     chunk, r = np.divmod(runs.starts[:, None] + start.astype(np.uint64), d)
     high = np.minimum(width, (d - r).astype(np.int64))  # of the chunk that a window begins in
