@@ -82,22 +82,31 @@ def contract(call: Call, numbers: Sequence[int], cotangents: Sequence[jax.Array]
     return _folded(call.d, total)
 
 
+def _pitch(d) -> int:
+    """From one table to the next where each is held twice in a row, so that any rotation of one is a slice."""
+    return row_length("balanced-v1", d) if is_doubled("balanced-v1", d) else 2 * d
+
+
 def _twice(d, table):
-    """Each table twice in a row, (8, 2 d): any rotation of one is a slice."""
-    rows = table.reshape(TABLES, -1)
-    return rows[:, : 2 * d] if is_doubled("balanced-v1", d) else jnp.concatenate([rows[:, :d], rows[:, :d]], axis=1)
+    """The tables so, laid flat."""
+    if is_doubled("balanced-v1", d):
+        return table.reshape(-1)
+    rows = table.reshape(TABLES, -1)[:, :d]
+    return jnp.concatenate([rows, rows], axis=1).reshape(-1)
 
 
 def _folded(d, total):
-    """The transpose of `_twice`, from (16 d,)."""
-    total = total.reshape(TABLES, 2 * d)
-    total = total if is_doubled("balanced-v1", d) else total[:, :d] + total[:, d:]
-    return jnp.pad(total, ((0, 0), (0, row_length("balanced-v1", d) - total.shape[1]))).reshape(TABLES, -1, LANES)
+    """The transpose of `_twice`."""
+    if not is_doubled("balanced-v1", d):
+        total = total.reshape(TABLES, 2 * d)
+        total = total[:, :d] + total[:, d:]
+        total = jnp.pad(total, ((0, 0), (0, row_length("balanced-v1", d) - d)))
+    return total.reshape(TABLES, -1, LANES)
 
 
-def _expand(call, runs, key, table, layer):
+def _expand(call, runs, key, flat, layer):
     """Runs of P theta, (runs, length), or (1, length) for a layer."""
-    d, flat = call.d, table.reshape(-1)
+    d = call.d
 
     def blocks(start, width, count):  # (runs, count * width)
         chunk, r = _in_chunks(call, runs, start, width, count)
@@ -147,23 +156,27 @@ def _on_cpu(call, every, dtype, key, cotangents, layer):
     # XLA would first widen all of a narrow leaf for a scatter, which takes ten times as long as the loop.
     long = sum(cotangent.size for cotangent in cotangents) > _LONG * d  # else the tables cost as much as the leaves
     widths = [_window(call, runs, long) if g.dtype == dtype else 0 for runs, g in zip(every, cotangents)]
-    pieces = []
+    pieces, whole = [], []
     for width, runs in zip(widths, every):
         pieces += _windows(call, runs, width) if width else [_chunks(call, runs)]
+        whole += pieces[-2:-1] if width else []
     places, rest = iter(zip(pieces, _places(call, pieces, key, layer))), []
-    totals = [jnp.zeros_like(cotangents[0], shape=2 * TABLES * d + _WINDOW, dtype=dtype)] * (2 if long and len(every) > 1 else 1)
+    size = TABLES * _pitch(d)
+    cut = any(np.any(x.high < width) or np.any(x.low) for x, width in zip(whole, filter(None, widths)))
+    spare = _WINDOW * cut  # for the windows that a chunk begins in, which are added below, in two parts
+    totals = [jnp.zeros_like(cotangents[0], shape=size + spare, dtype=dtype)] * (2 if long and len(every) > 1 else 1)
     for n, (width, cotangent) in enumerate(zip(widths, cotangents)):
         if width:
             windows, at = next(places)
-            # A window that a chunk begins in goes behind the tables; its two parts are added below.
-            at = jnp.where(of_layer(layer, (windows.low == 0) & (windows.high == windows.width)), at, 2 * TABLES * d)
+            if cut:
+                at = jnp.where(of_layer(layer, (windows.low == 0) & (windows.high == windows.width)), at, size)
             which = n * len(totals) // len(every)
             totals[which] = _add_windows(totals[which], at, cotangent[:, : at.shape[1] * windows.width])
         rest.append((*next(places), cotangent))
     total = sum(totals[1:], totals[0])
     for piece, at, cotangent in rest:
         total = _add_in_turn(total, piece, at, cotangent, layer)
-    return total[: 2 * TABLES * d]
+    return total[:size]
 
 
 class _Pieces(NamedTuple):
@@ -264,7 +277,7 @@ def _add_in_turn(total, pieces, at, cotangent, layer):
 
 
 def _elsewhere(call, every, dtype, key, cotangents, layer):
-    total = jnp.zeros_like(cotangents[0], shape=2 * TABLES * call.d, dtype=dtype)
+    total = jnp.zeros_like(cotangents[0], shape=TABLES * _pitch(call.d), dtype=dtype)
     for runs, cotangent in zip(every, cotangents):
         if _chunks_of(call, runs) * (len(runs.starts) if layer is None else 1) >= TABLES:
             total = _add_as_rows(call, runs, key, cotangent, layer, total)
@@ -307,7 +320,7 @@ def _add_as_rows(call, runs, key, cotangent, layer, total):
         sums, _ = jax.lax.scan(add, sums, pieces)
     if rest:
         sums, _ = add(sums, [x[whole * together :] for x in groups])
-    return total + jnp.pad(sums, ((0, 0), (0, d))).reshape(-1)
+    return total + jnp.pad(sums, ((0, 0), (0, _pitch(d) - d))).reshape(-1)
 
 
 def _groups(call, runs, key, layer):
@@ -339,4 +352,4 @@ def _in_chunks(call, runs, start, width, count):
 def _in_table(call, key, chunk, r):
     """Where in the flattened table the element r of a chunk is, and those after it in the chunk."""
     table, rotation = chunks_of(call.d, key, chunk)
-    return table * (2 * call.d) + (rotation + r) % call.d
+    return table * _pitch(call.d) + (rotation + r) % call.d
