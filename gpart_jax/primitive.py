@@ -267,8 +267,12 @@ def _contract_some(cotangents, used, leaves, *, call, tree, vmaps, **params):
     """`contract` of those cuts' cotangents."""
     own, where = lowerings.some(call, jax.tree.unflatten(tree, leaves), used)
     count = len(vmaps[0]) - len(leaves) if vmaps else 0
-    others = (lowerings.some(call, jax.tree.unflatten(tree, batched[count:]), used)[1] for batched in vmaps)
-    vmaps = tuple((*(batched[n] for n in used), *jax.tree.leaves(other)) for batched, other in zip(vmaps, others))
+
+    def flags(batched):  # of what is left: the operands' own, and of each cut its key's
+        of = jax.tree.unflatten(tree, batched[count:])
+        return *(batched[n] for n in used), *jax.tree.leaves(of._replace(keys=tuple(of.keys[n] for n in used)))
+
+    vmaps = tuple(map(flags, vmaps))
     leaves, tree = jax.tree.flatten(where)
     return contract_p.bind(*cotangents, *leaves, call=own, tree=tree, vmaps=vmaps, **params)
 

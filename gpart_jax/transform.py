@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from gpart_jax import partition as partitions
 from gpart_jax import primitive
+from gpart_jax.dropout import key_words
 from gpart_jax.lowerings.base import Call, Cut, Where, as_table
 from gpart_jax.partition import Partition
 from gpart_jax.targets import Layout, Params, Targets, canonical_layout, named_leaves, replace_leaves
@@ -121,7 +122,7 @@ def bind(
         scaled = theta[..., region.start : region.start + region.d] * scale  # float32 or wider, as scale is
         make_table = functools.partial(_table, rho=rho, scheme=region.scheme)
         table = make_table(scaled) if split is None else jax.vmap(make_table)(scaled)
-        drop = None if key is None else jax.random.bits(jax.random.fold_in(key, number), (2,), jnp.uint32)
+        drop = None if key is None else key_words(jax.random.fold_in(key, number))
         tables.append((region, table, partition.keys[number], drop))
 
     def adapt(params, layer=None):

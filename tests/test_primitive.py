@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpart_jax import canonical_layout, gpart, gpart_transform, make_partition, sharding
@@ -184,6 +184,25 @@ def test_hessian_vector_product_on_a_mesh():
     found = hvp(sharding.replicate(theta, mesh), *on_mesh)
     expected = jax.jvp(jax.grad(lambda t: jnp.mean(jnp.sin(x @ gpart_transform(params, t, 3)["w"]) ** 2)), (theta,), (jnp.ones(50),))[1]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_vmap_and_gradient_over_explicit_axes():
+    """Where each device makes its own part of the weights, of which some are divided along two axes, and some along none."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    specs = {"a": P("x"), "b": P(), "c": P(None, "y"), "e": P("x", "y")}
+    params = {name: drawn(7, shape) for name, shape in {"a": (20, 40), "b": (7,), "c": (30, 12), "e": (8, 10)}.items()}
+    thetas = jnp.stack([drawn(1, D), drawn(2, D)])
+
+    def both(thetas, params):
+        one = lambda theta: sum(jnp.sum(jnp.sin(x)) for x in gpart_transform(params, theta, 3).values())  # noqa: E731
+        inside = jax.vmap(jax.value_and_grad(one))(thetas)
+        return inside, jax.grad(lambda thetas: jnp.sum(jax.vmap(one)(thetas) ** 2))(thetas)
+
+    expected = jax.jit(both)(thetas, params)
+    with jax.set_mesh(mesh):
+        placed = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in params.items()}
+        found = jax.jit(both)(jax.device_put(thetas, NamedSharding(mesh, P())), placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def test_three_partitions_are_one_trace():

@@ -69,7 +69,7 @@ def _for_kernels(call, dtypes, kernels) -> list[int]:
 
 def some(call: Call, where: Where, numbers: Sequence[int]) -> tuple[Call, Where]:
     """The call for some of its cuts."""
-    starts = None if where.starts is None else where.starts[np.array(numbers)]
+    starts = None if where.starts is None else where.starts[..., np.array(numbers), :]  # under vmap with axes before
     keys = tuple(where.keys[n] for n in numbers)
     return call._replace(cuts=tuple(call.cuts[n] for n in numbers)), where._replace(keys=keys, starts=starts)
 

@@ -81,19 +81,19 @@ class Plan(NamedTuple):
     @property
     def cells(self) -> int:
         """Pieces that begin with a cell, which come first, and some empty ones to a whole number of a loop's turns."""
-        return _up(self.runs * -(-self.length // self.cell), self.unroll)
+        return round_up(self.runs * -(-self.length // self.cell), self.unroll)
 
     @property
     def pieces(self) -> int:
         """All of a block's, likewise."""
-        return self.cells + _up(self.begins + (self.begins + 1) * self.wraps, self.unroll)
+        return self.cells + round_up(self.begins + (self.begins + 1) * self.wraps, self.unroll)
 
     @property
     def flat_rows(self) -> int:
         return self.block * self.per_row
 
 
-def _up(n: int, of: int) -> int:
+def round_up(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
@@ -138,11 +138,11 @@ def plan_of(form: Form, d: int, turned: int) -> Plan:
     per_row = -(-form.columns // LANES)
     most = _MOST * d // form.pitch // 16 * 16  # rows
     at_once = min(max(16, _UNROLLED * 8 // per_row // 16 * 16), most)
-    block = min(max(1, min(_BLOCK // (per_row * LANES), most) // at_once) * at_once, _up(form.rows, at_once))
+    block = min(max(1, min(_BLOCK // (per_row * LANES), most) // at_once) * at_once, round_up(form.rows, at_once))
     joined = form.pitch == form.columns and form.columns % LANES == 0
     length = block * form.columns if joined else form.columns
     longest = min(-(-length // LANES), (d + 2 * LANES - 2) // LANES) + turned  # flat rows of a part of a chunk
-    step = min(STEP, _up(longest, 8))
+    step = min(STEP, round_up(longest, 8))
     cell = (step - turned) * LANES if longest > step else length
     begins = -(-((min(block, form.rows) - 1) * form.pitch + form.columns - 1) // d)
     runs, wraps = 1 if joined else block, not is_doubled("balanced-v1", d)
@@ -189,7 +189,7 @@ def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices: Begins)
     the index (high, low) of the block's first element, and the key. XLA makes all of it in a few operations, for each costs a
     TPU more than the arithmetic.
     """
-    d, count = call.d, _up(plan.pieces, LANES)
+    d, count = call.d, round_up(plan.pieces, LANES)
     blocks, pitch = -(-form.rows // plan.block), np.uint32(form.pitch)
     first_row = np.arange(blocks, dtype=np.uint32) * np.uint32(plan.block)
     chunk, r = jax.tree.map(lambda x: x[:, None], matrices)

@@ -2,9 +2,9 @@
 
 A chunk, d consecutive indices, is a rotation of one of 8 tables of scaled theta. With each table twice in a row, (8, 2 d), a
 rotation is a slice, so both directions move contiguous pieces. Forward, a leaf is cut into equal blocks of one chunk, or two,
-each. Backward a CPU adds windows, equal pieces of a leaf that no chunk begins in, in one scatter; where there are none, and
-narrow numbers, chunk after chunk in place. For a GPU chunk after chunk is thousands of kernels, so it turns all chunks
-of a leaf at once and multiplies.
+each. Backward a CPU adds windows, equal pieces of a leaf that no chunk begins in, or few, by a scatter; where there are none, and
+for narrow numbers, chunk after chunk in place. For a GPU chunk after chunk is thousands of kernels, so it turns all chunks of a
+leaf at once and multiplies.
 """
 
 import functools
@@ -24,7 +24,7 @@ from gpart_jax.targets import Leaf
 
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
 _WINDOW = 256  # the shortest windows: a CPU's scatter takes as long for longer ones
-_LONG = 256  # times d: from this number of elements on a CPU makes two sums, and cuts windows
+_LONG = 256  # times d: elements beyond which a CPU makes two sums, and cuts windows; at 141 that took four times as long
 _FEW = 32  # windows to a chunk from which on those that a chunk begins in are few
 _PIECE = 2**25  # elements, or 8 chunks, that a GPU turns at once
 

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gpart_jax import dropout
 from gpart_jax.lowerings.base import LANES, Call, Where, table_shape
 from gpart_jax.lowerings.pieces import (
-    LEAD, LONGEST, SHORTEST, STEP, Form, Plan, begins_of, form_of, matrices_of, plan_of, words_of
+    LEAD, LONGEST, SHORTEST, STEP, Form, Plan, begins_of, form_of, matrices_of, plan_of, round_up, words_of
 )  # fmt: skip
 
 _GROUP = 64  # arrays that share a loop: to start a copy from one of them is a branch each
@@ -280,13 +280,13 @@ def _groups(call, arrays, turned) -> list[list[_Group]]:
 
 def _like(x, shape=None, dtype=None):
     """The shape of an output that varies over a mesh as x does."""
-    varies = {name: getattr(jax.typeof(x), name) for name in ("manual_axis_type", "vma") if hasattr(jax.typeof(x), name)}
-    name = next(iter(varies), None)
-    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, **({name: varies[name]} if name else {}))
+    of = jax.typeof(x)
+    name = "manual_axis_type" if hasattr(of, "manual_axis_type") else "vma"  # before JAX 0.10
+    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, **{name: getattr(of, name)})
 
 
 def _run(kernel, call, groups, tables, words, arrays, shapes, buffers, interpret) -> list[jax.Array]:
-    rows = _up(math.prod(table_shape(call)[:2]) + 2 * LEAD + STEP, 64)
+    rows = round_up(math.prod(table_shape(call)[:2]) + 2 * LEAD + STEP, 64)
     flat = max(group.plan.flat_rows + group.plan.step for group in groups) + 2 * LEAD
     scratch = [pltpu.VMEM((rows, LANES), jnp.float32), pltpu.VMEM((flat, LANES), jnp.float32), pltpu.SemaphoreType.DMA((1,))]
     size = 4 * LANES * (rows + flat)
@@ -305,7 +305,3 @@ def _run(kernel, call, groups, tables, words, arrays, shapes, buffers, interpret
         interpret=interpret,
         name="gpart",
     )(*tables, *words, *arrays)
-
-
-def _up(n, of):
-    return -(-n // of) * of
