@@ -23,9 +23,10 @@ from gpart_jax.partition import TABLES
 from gpart_jax.targets import Leaf
 
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
-_WINDOW = 256  # the shortest windows: a CPU's scatter takes as long for longer ones
+_BLOCK = 256  # the shortest blocks that no chunk begins in, forward
+_WINDOW = 64  # the shortest windows, backward: a CPU's scatter of longer ones takes as long
 _LONG = 256  # times d: elements beyond which a CPU makes two sums, and cuts windows; at 141 that took four times as long
-_FEW = 32  # windows to a chunk from which on those that a chunk begins in are few
+_FEW = 24  # windows to a chunk from which on those that a chunk begins in are few
 _PIECE = 2**25  # elements, or 8 chunks, that a GPU turns at once
 
 
@@ -138,7 +139,7 @@ def _block_width(call: Call, runs: Runs) -> int:
     """Whole rows that no chunk begins in; or the most up to d that are whole rows, or a part of one; d where they are few."""
     d, rows, columns = call.d, runs.length // runs.columns, runs.columns
     window = math.gcd(*runs.starts.tolist(), d, runs.length)
-    if window >= _WINDOW and window % columns == 0:
+    if window >= _BLOCK and window % columns == 0:
         return window
     if columns <= d:
         width = columns * next(n for n in range(min(rows, d // columns), 0, -1) if rows % n == 0)
