@@ -46,7 +46,7 @@ def draw(arguments, vocab_size=None):
 
 def main(_):
     config, steps = flags.FLAGS.config, flags.FLAGS.steps
-    step, arguments, _ = describe(config, sharding.make_mesh(devices=jax.devices()[:1]), flags.FLAGS.length)
+    step, arguments, *_ = describe(config, sharding.make_mesh(devices=jax.devices()[:1]), flags.FLAGS.length)
     layout = canonical_layout(arguments[2], config.method.targets)
     print(f"{config.model.source}, {config.method.name}, N = {layout.size:,}, batch {config.train.batch_size} x "
         f"{flags.FLAGS.length} in {config.train.accumulate} parts, "

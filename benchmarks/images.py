@@ -53,7 +53,7 @@ def pipeline_rates(task, batch_size: int, seconds: float) -> list[float]:
 
 def model_rates(config, steps: int) -> list[float]:
     """Images a second that the training step takes, of each step."""
-    step, arguments, _ = describe(config, sharding.make_mesh())
+    step, arguments, *_ = describe(config, sharding.make_mesh())
     compiled = step.lower(*arguments).compile()
     method = from_spec(config.method.to_dict(), config.head_targets)
     tables = sharding.replicate(method.tables(arguments[2]), jax.tree.leaves(arguments[2])[0].sharding.mesh)

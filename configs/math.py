@@ -43,11 +43,15 @@ def get_config(arguments: str = "qwen25_05b") -> ml_collections.ConfigDict:
         "full"  # what is made again on the way back: all of a layer, or "dots": all but its projections
     )
 
+    config.model.attention = "auto"  # "splash" (TPU), "cudnn" (GPU), "xla"; auto: the device's kernel, where it has one
+
     config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices along each axis; -1: the rest
 
     config.task = ml_collections.ConfigDict()
     config.task.name = data
     config.task.max_length = 2048 if not small else 256  # tokens; longer texts keep their end
+    config.task.packed = False  # whether short texts share rows of max_length tokens: then a batch is so many rows, with little padding
+    config.task.lengths = ml_collections.config_dict.placeholder(tuple)  # of batches, in tokens, such as (512, 2048); None: some 16
     config.task.train_examples = ml_collections.config_dict.placeholder(int)  # the first so many; None: all
     config.task.test_examples = 500  # whose loss is the test
     if data == "metamathqa":
@@ -74,6 +78,8 @@ def get_config(arguments: str = "qwen25_05b") -> ml_collections.ConfigDict:
     config.train.checkpoint_every = 500  # steps
     config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
     config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
+    # A folder for compiled programs, which the next run finds there; None: ~/.cache/gpart_jax/compiled, or what JAX was told; "": none.
+    config.train.compiled = ml_collections.config_dict.placeholder(str)
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = 2e-4 if not small else 5e-3  # peak; small: ours, for some hundreds of steps

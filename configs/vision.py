@@ -41,6 +41,9 @@ def get_config(arguments: str = "digits") -> ml_collections.ConfigDict:
     )  # a directory, an installed package, or a hub name
     config.model.dtype = "float32" if small else "bfloat16"  # of the computation; weights and theta stay float32
     config.model.dropout = ml_collections.config_dict.placeholder(float)  # inside the model; None: as it was pretrained
+    config.model.attention = "auto"  # "splash" (TPU), "cudnn" (GPU), "xla"; auto: the device's kernel, where it can be had
+    # What is made again on the way back: "none", "dots" (all but projections), "full" (all of a layer); None: full with fsdp.
+    config.model.remat = ml_collections.config_dict.placeholder(str)
 
     config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices along each axis; -1: the rest
 
@@ -90,6 +93,8 @@ def get_config(arguments: str = "digits") -> ml_collections.ConfigDict:
     config.train.checkpoint_every = 200  # steps
     config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
     config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
+    # A folder for compiled programs, which the next run finds there; None: ~/.cache/gpart_jax/compiled, or what JAX was told; "": none.
+    config.train.compiled = ml_collections.config_dict.placeholder(str)
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = LR[method]  # peak, of all but the head

@@ -18,8 +18,8 @@ _KEYS = {  # None: a value, or a section that is checked by its user
     "optimizer": {"lr", "head_lr", "weight_decay", "schedule", "warmup", "clip"},
 }
 _OPTIONAL = {
-    "model": {"dropout", "remat", "shape"},  # of encoders, of decoders, of a fresh ViT
-    "train": {"export", "nonfinite", "step_timeout"},
+    "model": {"attention", "dropout", "remat", "shape"},
+    "train": {"compiled", "export", "nonfinite", "step_timeout"},
 }
 
 

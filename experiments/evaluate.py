@@ -5,11 +5,10 @@ python -m experiments.evaluate --workdir=runs/smollm2 --benchmark=gsm8k --limit=
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -17,21 +16,23 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from absl import app, flags
 from flax import linen as nn
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from experiments import data, reasoning
 from experiments.checkpoint import write_json
 from experiments.logger import quiet
+from experiments.processes import cache_programs
+from experiments.step import make_outputs
 from experiments.tasks import IMAGES, LANGUAGE, TEXT, load_task, task_kind
 from experiments.tasks.math import NEW_TOKENS
 from gpart_jax import load_adapter, sharding
+from gpart_jax.methods import Method, chain
 from gpart_jax.models import decoder, pretrained, storage
+from gpart_jax.models.attention import choose
 from gpart_jax.models.pretrained_decoder import load_decoder
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
 from gpart_jax.models.vocabulary import load_vocabulary
@@ -80,7 +81,7 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
     task = load_task(config.task.to_dict(), where, config.seed)
     key, dtype = jax.random.key(config.seed), jnp.dtype(config.model.dtype)
     if takes == LANGUAGE:
-        model, params = load_decoder(source, mesh=mesh, dtype=dtype, remat=config.model.remat)
+        model, params = load_decoder(source, mesh=mesh, dtype=dtype)
         rules, longest = sharding.DECODER_TIED if model.config.tied else sharding.DECODER, model.config.max_positions
     elif takes == TEXT:
         model, params = pretrained.load_encoder(where, task.outputs, key=key, dtype=dtype)
@@ -94,13 +95,26 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
             model, params = pretrained.load_vit(where, task.outputs, key=key, dtype=dtype)
     if longest is not None and task.max_length > longest:
         raise ValueError(f"config.task.max_length = {task.max_length}, but {source} takes {longest} tokens.")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     if takes == LANGUAGE:
-        return Experiment(model, params, task, rules)
+        return Experiment(fitted(model, config.model, mesh), params, task, rules)
     if config.model.get("dropout") is not None:
         rates = {"hidden_dropout", "attention_dropout", "classifier_dropout"} & vars(model.config).keys()
         rated = dataclasses.replace(model.config, **dict.fromkeys(rates, config.model.dropout))
         model = model.clone(config=rated)
-    return Experiment(model, jax.tree.map(np.asarray, params), task, rules)
+    return Experiment(fitted(model, config.model, mesh), jax.tree.map(np.asarray, params), task, rules)
+
+
+def fitted(model: nn.Module, options: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
+    """The model with the attention and the remat that config.model asks for, or that suit a mesh."""
+    shape, platform = model.config, mesh.devices.flat[0].platform
+    attention = choose(
+        options.get("attention", "auto"), platform, model.dtype, shape.head_dim, shape.pattern,
+        getattr(shape, "attention_dropout", 0.0),
+    )  # fmt: skip
+    # An encoder whose weights "fsdp" divides would else gather all of them at once.
+    suited = "full" if isinstance(model, decoder.Decoder) or mesh.shape["fsdp"] > 1 else "none"
+    return model.clone(attention=attention, remat=options.get("remat") or suited)
 
 
 def model_kind(where: pathlib.Path | None) -> str:
@@ -113,15 +127,30 @@ def model_kind(where: pathlib.Path | None) -> str:
     return IMAGES if family == "vit" else LANGUAGE if family in decoder.FAMILIES else TEXT
 
 
-def predict(experiment: Experiment, params, examples: Sequence[dict], batch_size: int) -> np.ndarray:
-    """Logits of a model with adapted params that lie on a mesh, float32 (examples, outputs).
+def outputs_of(experiment: Experiment, method: Method, trainable, mesh: jax.sharding.Mesh) -> Callable:
+    """outputs(batch) of the experiment's model with what a method trained, for `predict`."""
+    shardings = sharding.param_shardings(experiment.params, mesh, experiment.rules)
+    trainable, params, tables = _on_mesh(experiment, method, trainable, shardings)
+    outputs = make_outputs(experiment.model, experiment.task, method, shardings)
+    return lambda batch: outputs(trainable, params, batch, tables)
+
+
+def _on_mesh(experiment, method, trainable, shardings):
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    trainable, tables = sharding.replicate((trainable, method.tables(experiment.params)), mesh)
+    return trainable, sharding.place(experiment.params, shardings), tables
+
+
+def predict(task: data.Task, outputs: Callable, mesh: jax.sharding.Mesh, examples: Sequence[dict], batch_size: int) -> np.ndarray:
+    """Logits of a model, float32 (examples, outputs).
 
     Of a decoder, for each text: the negative log-likelihood of its tokens, those that loss_mask names, and their number.
+
+    Args:
+      outputs: of a batch that lies on the mesh, as `step.make_outputs` gives them.
     """
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
     batch_size += -batch_size % (mesh.shape["data"] * mesh.shape["fsdp"])
     rows = NamedSharding(mesh, sharding.BATCH)
-    task = experiment.task
     logits = np.zeros((len(examples), 2 if task.metrics == ("loss",) else task.outputs), np.float32)
     sizes = [task.size(example) for example in examples] if task.size else range(len(examples))
     order = np.argsort(sizes, kind="stable")  # little padding
@@ -133,21 +162,8 @@ def predict(experiment: Experiment, params, examples: Sequence[dict], batch_size
 
     chunks = [order[start : start + batch_size] for start in range(0, len(examples), batch_size)]
     for chosen, inputs in grain.MapDataset.source(chunks).map(collate).to_iter_dataset(grain.ReadOptions(8, 8)):
-        whole = _logits(experiment.model, mesh, params, sharding.place(inputs, rows))
-        logits[chosen] = np.asarray(whole)[: len(chosen)]
+        logits[chosen] = np.asarray(outputs(sharding.place(inputs, rows)))[: len(chosen)]
     return logits
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(model, mesh, params, inputs):
-    if isinstance(model, decoder.Decoder):
-        ids, learned = inputs["input_ids"], inputs["loss_mask"][:, 1:]
-        logits = model.apply({"params": params}, ids, inputs["attention_mask"])[:, :-1]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]) * learned
-        logits = jnp.stack([losses.sum(1), learned.sum(1)], axis=1)
-    else:
-        logits = model.apply({"params": params}, **inputs)
-    return jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P()))  # so that every process has them
 
 
 def predictions(task: data.Task, logits: np.ndarray) -> np.ndarray:
@@ -176,28 +192,28 @@ def main(_):
     if not (workdir / "results.json").is_file():
         raise app.UsageError(f"{workdir} holds no finished run (no results.json). Train there first.")
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    cache_programs(config.train.get("compiled"))
     if benchmark and task_kind(config.task.name) != LANGUAGE:
         raise app.UsageError(f"--benchmark is for decoders, but {workdir} is a run of {config.task.name}.")
     mesh = sharding.make_mesh(config.mesh.to_dict() if benchmark else None)
     experiment = build(config, mesh)
     method, trainable = load_adapter(workdir / "adapter.safetensors", experiment.params)
-    shardings = sharding.param_shardings(experiment.params, mesh, experiment.rules)
-    params = sharding.place(experiment.params, shardings)
-    if not flags.FLAGS.base:
-        adapt = jax.jit(method.apply, out_shardings=shardings)
-        tables = sharding.replicate(method.tables(experiment.params), mesh)
-        params = adapt(params, sharding.replicate(trainable, mesh), None, tables)
+    if flags.FLAGS.base:
+        method, trainable = chain(), {}
     if benchmark:
-        _answer(config, experiment, params, mesh, workdir, benchmark)
+        shardings = sharding.param_shardings(experiment.params, mesh, experiment.rules)
+        arguments = _on_mesh(experiment, method, trainable, shardings)
+        adapt = jax.jit(lambda trainable, params, tables: method.apply(params, trainable, None, tables), out_shardings=shardings)
+        _answer(config, experiment, adapt(*arguments), mesh, workdir, benchmark)
     else:
-        _score(config, experiment, params, flags.FLAGS.split)
+        _score(config, experiment.task, outputs_of(experiment, method, trainable, mesh), mesh, flags.FLAGS.split)
 
 
-def _score(config, experiment: Experiment, params, split: str) -> None:
-    examples, task = getattr(experiment.task, split), experiment.task
+def _score(config, task: data.Task, outputs: Callable, mesh, split: str) -> None:
+    examples = getattr(task, split)
     if not examples:
         raise app.UsageError(f"This run held out no {split} examples (config.task.holdout).")
-    logits = predict(experiment, params, examples, config.train.eval_batch_size)
+    logits = predict(task, outputs, mesh, examples, config.train.eval_batch_size)
     for name, value in score(task, examples, logits).items():
         print(f"{split} {name} {value:.4f} on {len(examples)} examples")
     if task.labels is not None:

@@ -26,7 +26,8 @@ from experiments.checkpoint import EXIT_CODES, Checkpoints, Interrupt, claim_wor
 from experiments.config import FREE, check_config, differences
 from experiments.logger import Logger
 from experiments.optimizer import make_optimizer
-from experiments.step import make_loss
+from experiments.processes import cache_programs
+from experiments.step import make_loss, make_outputs
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.train import Stopwatch, finish, finite_mean, initial_state, keep_best
 from gpart_jax import sharding
@@ -56,6 +57,7 @@ def train_population(
     """
     for config in configs:
         check_config(config)
+        cache_programs(config.train.get("compiled"))
         if different := differences(configs[0], config):
             raise ValueError(
                 f"Members of a population differ in {', '.join(different)}. They may differ in {', '.join(FREE)}; "
@@ -101,13 +103,13 @@ def _train(configs, workdirs, devices) -> None:
     tables = sharding.place(_stack(own_tables), along)
     rates = sharding.place({rate: np.array([c.optimizer[rate] for c in configs], np.float32) for rate in RATES}, along)
     step_all = _make_step(make_loss(model, task), methods[0], config, total_steps, mesh)
-    adapt = jax.jit(methods[0].apply, out_shardings=jax.tree.map(lambda _: everywhere, params))
+    outputs = make_outputs(model, task, methods[0], jax.tree.map(lambda _: everywhere, params))
 
     def score(number, examples, trainable):
         experiment = experiments[number]
-        own = sharding.replicate((trainable, own_tables[number]), mesh)
-        adapted = adapt(frozen, own[0], None, own[1])
-        logits = evaluate.predict(experiment, adapted, examples, config.train.eval_batch_size)
+        own, own_table = sharding.replicate((trainable, own_tables[number]), mesh)
+        of_batch = lambda batch: outputs(own, frozen, batch, own_table)
+        logits = evaluate.predict(experiment.task, of_batch, mesh, examples, config.train.eval_batch_size)
         return evaluate.score(experiment.task, examples, logits), logits
 
     with contextlib.ExitStack() as stack:
@@ -137,7 +139,7 @@ def _train(configs, workdirs, devices) -> None:
             watch.step()
 
             if step % config.train.log_every == 0 or step % steps_per_epoch == 0:
-                each, seconds = np.asarray(jnp.stack(losses)), watch.lap() / count
+                each, seconds = np.asarray(jnp.stack(losses)), watch.lap()["seconds_per_step"] / count
                 means = [
                     finite_mean(own, step, steps_per_epoch, config.train, say, f" of {workdir}")
                     for own, workdir in zip(each.T, workdirs)

@@ -16,6 +16,18 @@ from jax.experimental import multihost_utils
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
+def cache_programs(folder: str | None) -> None:
+    """Keeps compiled programs in a folder, so that the next process needn't compile them.
+
+    Args:
+      folder: config.train.compiled: "" for none; None for $JAX_COMPILATION_CACHE_DIR, or ~/.cache/gpart_jax/compiled.
+    """
+    if folder is None and jax.config.jax_compilation_cache_dir is None:
+        folder = os.path.expanduser("~/.cache/gpart_jax/compiled")
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", folder or None)
+
+
 def join(timeout: float = 300) -> None:
     """Joins the run's other processes; does nothing where none of the variables is set.
 

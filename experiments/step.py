@@ -1,4 +1,4 @@
-"""One training step, for every method, task and mesh: the loss, its gradient, the update."""
+"""One step, for every method, task and mesh: of training the loss, its gradient, the update; of evaluation the outputs."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments.data import Task
+from gpart_jax import sharding
 from gpart_jax.methods import Method
 from gpart_jax.models.decoder import Decoder
 from gpart_jax.sharding import value_and_grad
@@ -23,9 +26,7 @@ def make_loss(model: nn.Module, task: Task) -> Callable:
         return make_language_loss(model)
 
     def loss(adapt, frozen, batch, key=None):
-        inputs = {name: batch[name] for name in task.inputs if name in batch}
-        rngs = None if key is None else {"dropout": key}
-        logits = model.apply({"params": adapt(frozen)}, **inputs, train=key is not None, rngs=rngs)  # (batch, outputs)
+        logits = _logits(model, task, adapt, frozen, batch, key)
         if task.labels is None:
             return optax.squared_error(logits[:, 0], batch["label"]).mean()
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
@@ -42,13 +43,43 @@ def make_language_loss(model: Decoder) -> Callable:
 
     def loss(adapt, frozen, batch, key=None):
         del key  # these models have no dropout
-        outside = adapt({name: part for name, part in frozen.items() if name != "layers"})
-        params = outside | {"layers": frozen["layers"]}  # those are adapted one by one, within the scan
-        logits = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], adapt)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch["input_ids"][:, 1:])
-        return (losses * batch["weights"][:, 1:]).sum(axis=1).mean()
+        return _token_losses(model, adapt, frozen, batch, batch["weights"]).mean()
 
     return loss
+
+
+def make_outputs(model: nn.Module, task: Task, method: Method, shardings) -> Callable:
+    """outputs(trainable, frozen, batch, tables) -> what evaluation needs of each row, float32, on every device.
+
+    Logits (rows, outputs); of a decoder (rows, 2): the sum of the cross-entropies of the tokens that loss_mask names, and their
+    number. It needs the memory of a training step at most: layers are adapted one by one.
+    """
+
+    def outputs(adapt, frozen, batch):
+        if isinstance(model, Decoder):
+            learned = batch["loss_mask"].astype(jnp.float32)
+            return jnp.stack([_token_losses(model, adapt, frozen, batch, learned), learned[:, 1:].sum(1)], axis=1)
+        return _logits(model, task, adapt, frozen, batch, None)
+
+    everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, P())
+    return jax.jit(sharding.of_rows(outputs, method, shardings), out_shardings=everywhere)
+
+
+def _logits(model, task, adapt, frozen, batch, key):
+    """float32 (rows, outputs); a key turns on the model's dropout."""
+    inputs = {name: batch[name] for name in task.inputs if name in batch}
+    rngs = None if key is None else {"dropout": key}
+    if model.remat == "none":  # P theta of all layers at once costs least
+        return model.apply({"params": adapt(frozen)}, **inputs, train=key is not None, rngs=rngs)
+    layers = {name: part for name, part in frozen.items() if name.startswith("layer_")}
+    params = adapt({name: part for name, part in frozen.items() if name not in layers}) | layers
+    return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs, adapt=adapt)
+
+
+def _token_losses(model: Decoder, adapt, frozen, batch, weights):
+    outside = adapt({name: part for name, part in frozen.items() if name != "layers"})
+    params = outside | {"layers": frozen["layers"]}  # those are adapted one by one, within the scan
+    return model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], adapt, weights=weights)
 
 
 def token_weights(loss_mask: jax.Array) -> jax.Array:

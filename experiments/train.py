@@ -32,7 +32,7 @@ from experiments.config import check_config
 from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
 from experiments.processes import barrier, is_writer
-from experiments.step import make_loss, make_train_step
+from experiments.step import make_loss, make_outputs, make_train_step
 from gpart_jax import load_adapter, save_adapter, sharding
 from gpart_jax.adapter import load
 from gpart_jax.interop import huggingface
@@ -57,6 +57,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
       SystemExit: after a checkpoint was saved because of SIGTERM (code 143) or Ctrl-C (130).
     """
     check_config(config)
+    processes.cache_programs(config.train.get("compiled"))
     method = from_spec(config.method.to_dict(), config.head_targets)
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     sharding.check_batch("config.train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
@@ -85,11 +86,12 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
     frozen = sharding.place(params, shardings)
     train_step = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
     tables = sharding.replicate(method.tables(params), mesh)
-    adapt = jax.jit(method.apply, out_shardings=shardings)
+    outputs = make_outputs(model, task, method, shardings)
 
     def score(examples, trainable) -> tuple[dict[str, float], np.ndarray]:
-        adapted = adapt(frozen, sharding.replicate(trainable, mesh), None, tables)
-        logits = evaluate.predict(experiment, adapted, examples, config.train.eval_batch_size)
+        trainable = sharding.replicate(trainable, mesh)
+        of_batch = lambda batch: outputs(trainable, frozen, batch, tables)
+        logits = evaluate.predict(task, of_batch, mesh, examples, config.train.eval_batch_size)
         return evaluate.score(task, examples, logits), logits
 
     with Checkpoints(workdir) as checkpoints, Interrupt() as interrupt:
@@ -100,11 +102,12 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
             logger.say(f"{'goes on after' if step else 'starts at'} step {step} of {total_steps}")
             watch, losses = Stopwatch(config.train.get("step_timeout")), []
             while step < total_steps:
+                batch = next(batches)
                 state["trainable"], state["optimizer"], loss = train_step(
                     state["trainable"],
                     state["optimizer"],
                     frozen,
-                    sharding.global_batch(next(batches), mesh),
+                    sharding.global_batch(batch, mesh),
                     state["key"],
                     step,
                     tables,
@@ -112,11 +115,11 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
                 step += 1
                 losses.append(loss)
                 logger.advance(step)
-                watch.step()
+                watch.step(parts * np.count_nonzero(batch["attention_mask"]) if "attention_mask" in batch else 0)
 
                 if step % config.train.log_every == 0 or step % steps_per_epoch == 0:
                     mean = finite_mean(np.asarray(jnp.stack(losses)), step, steps_per_epoch, config.train, logger.say)
-                    logger.write(step, loss=mean, seconds_per_step=watch.lap())
+                    logger.write(step, loss=mean, **watch.lap())
                     losses = []
                 if step % steps_per_epoch == 0:
                     epoch = step // steps_per_epoch
@@ -245,7 +248,7 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
-        self._steps, self._start = 0, time.perf_counter()
+        self._steps, self._tokens, self._start = 0, 0, time.perf_counter()
         if self._timeout:
             faulthandler.dump_traceback_later(self._timeout, exit=True)
 
@@ -253,14 +256,19 @@ class Stopwatch:
         if self._timeout:
             faulthandler.cancel_dump_traceback_later()
 
-    def step(self) -> None:
+    def step(self, tokens: int = 0) -> None:
+        """Counts a step; of text, its tokens without padding."""
         self._steps += 1
+        self._tokens += tokens
 
-    def lap(self) -> float:
-        """Ends a lap, once its last step's result has been waited for."""
-        seconds = (time.perf_counter() - self._start) / self._steps
+    def lap(self) -> dict[str, float]:
+        """Ends a lap, once its last step's result has been waited for: seconds_per_step; of text tokens_per_second."""
+        seconds = time.perf_counter() - self._start
+        found = {"seconds_per_step": seconds / self._steps}
+        if self._tokens:
+            found["tokens_per_second"] = self._tokens / seconds
         self.restart()
-        return seconds
+        return found
 
 
 def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict], logits: np.ndarray) -> None:

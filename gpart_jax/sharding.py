@@ -205,43 +205,79 @@ def value_and_grad(loss: Callable, method: "Method", shardings: PyTree, accumula
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    gather = _gather(dict(named_leaves(shardings)))
 
     def compute(trainable, frozen, batch, key=None, tables=None):
         check_batch("The batch", len(jax.tree.leaves(batch)[0]), mesh, accumulate)
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings)
         flat, unravel = ravel_pytree(trainable)
-        copies = jnp.broadcast_to(flat, (mesh.size, flat.size))
-        copies = jax.lax.with_sharding_constraint(copies, NamedSharding(mesh, P(AXES)))  # one for each device
 
-        def local(copies, frozen, batch, key, tables, shard):  # copies: (T, n)
+        def local(copies, bind, frozen, batch, key, shard):  # copies: (T, n)
             def local_loss(copies, batch, key):
                 method_key, model_key = (None, None) if key is None else jax.random.split(key)
                 # Dropout on the delta is the same everywhere, the model's is not.
                 if model_key is not None and shards > 1:
                     model_key = jax.random.fold_in(model_key, shard[0])
-                bound = method.bind(like, jax.vmap(unravel)(copies), method_key, True, tables)
-
-                def adapt(params, layer=None):
-                    return bound(gather(params, layer), layer)
-
-                return loss(adapt, frozen, batch, model_key)
+                return loss(bind(jax.vmap(unravel)(copies), method_key), frozen, batch, model_key)
 
             value, gradient = in_parts(local_loss, accumulate)(copies, batch, key)
             return value[None], gradient
 
-        on_fsdp = jax.tree.map(lambda s: P(*[axis if axis == "fsdp" else None for axis in s.spec]), shardings)
-        values, gradients = jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(BATCH, on_fsdp, BATCH, P(), P(), BATCH),
-            out_specs=BATCH,
-            axis_names={"data", "fsdp"},
-            check_vma=False,
-        )(copies, frozen, batch, key, tables, jnp.arange(shards))
+        run = _on_own_rows(local, method, shardings)
+        values, gradients = run(flat, frozen, tables, batch, key, jnp.arange(shards))
         return values.mean(), unravel(gradients.sum(0) / shards)
 
     return compute
+
+
+def of_rows(function: Callable, method: "Method", shardings: PyTree) -> Callable:
+    """What a model gives for each row of a batch, at the memory of `value_and_grad`: for evaluation.
+
+    Args:
+      function: function(adapt, frozen, batch) -> an array with the batch's rows first, or a tree of such; as a `loss`.
+      method, shardings: as in `value_and_grad`.
+
+    Returns:
+      f(trainable, frozen, batch, tables=None) -> what function gives, its rows divided as the batch's. For use under `jax.jit`.
+    """
+
+    def compute(trainable, frozen, batch, tables=None):
+        flat, unravel = ravel_pytree(trainable)
+
+        def local(copies, bind, frozen, batch, key, _):
+            return function(bind(jax.vmap(unravel)(copies), key), frozen, batch)
+
+        return _on_own_rows(local, method, shardings)(flat, frozen, tables, batch, None, None)
+
+    return compute
+
+
+def _on_own_rows(local: Callable, method: "Method", shardings: PyTree) -> Callable:
+    """`local` on each device along "data" and "fsdp", for its rows and with copies of the trained numbers that are its own."""
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    gather = _gather(dict(named_leaves(shardings)))
+    on_fsdp = jax.tree.map(lambda s: P(*[axis if axis == "fsdp" else None for axis in s.spec]), shardings)
+
+    def run(flat, frozen, tables, batch, key, shard):
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings)
+        copies = jnp.broadcast_to(flat, (mesh.size, flat.size))
+        copies = jax.lax.with_sharding_constraint(copies, NamedSharding(mesh, P(AXES)))  # one for each device
+
+        def on_device(copies, frozen, tables, batch, key, shard):
+            def bind(trainable, key):
+                bound = method.bind(like, trainable, key, True, tables)
+                return lambda params, layer=None: bound(gather(params, layer), layer)
+
+            return local(copies, bind, frozen, batch, key, shard)
+
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(BATCH, on_fsdp, P(), BATCH, P(), BATCH),
+            out_specs=BATCH,
+            axis_names={"data", "fsdp"},
+            check_vma=False,
+        )(copies, frozen, tables, batch, key, shard)
+
+    return run
 
 
 def in_parts(loss: Callable, accumulate: int) -> Callable:

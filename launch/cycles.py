@@ -5,8 +5,8 @@ its bundles, of which a TPU starts one a cycle, as often as its loops turn, or t
 chip, whichever is longer. Bundles are read from a dump of the compiler's; it adds about a third to the time of compiling.
 
 Not in the sum, because XLA estimates none of them: collectives, and copies that run beside other work (pairs of start and
-done). Nothing else is taken to overlap. Of a branch in a kernel all bundles count, of a branch of the program the longest
-one; DMA waits cost a bundle; a grid that Pallas pipelines counts its two turns of filling and draining in full.
+done). Nothing else is taken to overlap. Of a branch in a kernel all bundles count, but for `shares`, of a branch of the program the
+longest one; DMA waits cost a bundle; a grid that Pallas pipelines counts its two turns of filling and draining in full.
 """
 
 import functools
@@ -84,13 +84,15 @@ def compile(lowered):
     return compiled, {name: files[name].read_text() for name in names & files.keys()}
 
 
-def estimate(text: str, bundles: dict[str, str], chip: str) -> Estimate:
+def estimate(text: str, bundles: dict[str, str], chip: str, shares: dict[str, float] | None = None) -> Estimate:
     """The cycles of a compiled program.
 
     Args:
       text: `compiled.as_text()`.
       bundles: of its kernels, as `compile` gives them.
       chip: one of CHIPS.
+      shares: {beginning of kernels' names: the share of their bundles that is executed}. Splash attention passes over blocks
+        that a mask hides, which its program reads from an array: see `attention.share`.
 
     Raises:
       ValueError: a kernel whose bundles are missing, or that has a loop whose trips aren't known.
@@ -112,8 +114,9 @@ def estimate(text: str, bundles: dict[str, str], chip: str) -> Estimate:
                     "called, or the program came out of a compilation cache. Get the devices from launch.dryrun.tpu_devices "
                     "before anything else loads libtpu, and unset JAX_COMPILATION_CACHE_DIR."
                 )
+            executed *= next((share for name, share in (shares or {}).items() if kernel[1].startswith(name)), 1)
             memory = _bytes(line, kernel, types) / (CHIPS[chip].bandwidth / CHIPS[chip].clock)
-            kernels += times * max(executed, round(memory))
+            kernels += times * round(max(executed, memory))
         else:
             total += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)))
     return Estimate(total + kernels, kernels)
@@ -193,7 +196,8 @@ def _trips(values: dict, condition: str) -> int | None:
     counter, limit = operands(condition, "scmp.ge.s32.totalorder")
     one, other = operands(counter, "sadd.s32")
     step, before = (constant(one), other) if constant(one) is not None else (constant(other), one)
-    start = constant(operands(before, "sphi")[0])
+    # A counter that is put aside from turn to turn begins as what was put there before the loop.
+    start = constant(operands(before, "sphi")[0] or before)
     limit = constant(limit)
     if None in (start, step, limit) or step < 1:
         return None

@@ -1,4 +1,4 @@
-"""Compiles a config's training step for a mesh that isn't here, and says what it costs each device.
+"""Compiles a config's steps, of training and of evaluation, for a mesh that isn't here, and says what each costs a device.
 
   python -m launch.dryrun --config=configs/math.py:llama31_8b --mesh=data:16,tensor:4 --devices=64 --chip=v5e
 
@@ -16,8 +16,7 @@ import pathlib
 import re
 import sys
 import time
-from typing import NamedTuple
-from unittest import mock
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +26,15 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from experiments.data import Task
+from experiments.evaluate import fitted
 from experiments.logger import quiet
 from experiments.optimizer import make_optimizer
-from experiments.step import make_language_loss, make_loss, make_train_step
+from experiments.step import make_loss, make_outputs, make_train_step
 from experiments.text import INPUTS
 from gpart_jax import sharding
 from gpart_jax.methods import from_spec, trained_numbers
 from gpart_jax.models import decoder, published
+from gpart_jax.models.attention import share
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
@@ -48,16 +49,21 @@ TOPOLOGIES = {  # of so many TPU chips
 }
 
 
+PARTS = {"train": "training", "evaluate": "evaluation"}
+
+
 class Step(NamedTuple):
-    """A training step and the shapes of its arguments, laid out on a mesh."""
+    """A step of training or evaluation, and the shapes of its arguments, laid out on a mesh."""
 
-    function: object  # jitted
-    arguments: tuple  # trainable, optimizer state, frozen, batch, key data, number, tables; jax.ShapeDtypeStructs
+    function: Any  # jitted
+    arguments: tuple  # jax.ShapeDtypeStructs; of training: trainable, optimizer state, frozen, batch, key data, number, tables
     params: int  # numbers of the whole model
+    held: dict[str, Any]  # the arguments by what they are: trees
+    attended: float  # the share of its blocks of scores that a TPU's attention kernel makes
 
 
-def describe(config, mesh, length: int | None = None) -> Step:
-    """The step of a config on a mesh, for texts of `length` tokens (None: the longest that the task has)."""
+def describe(config, mesh, length: int | None = None, part: str = "train") -> Step:
+    """A config's step on a mesh, of PARTS, for texts of `length` tokens (None: the longest that the task has)."""
     described, dtype = published.CONFIGS.get(config.model.source), jnp.dtype(config.model.dtype)
     if (file := pathlib.Path(config.model.source) / "config.json").is_file():
         described = json.loads(file.read_text())
@@ -68,48 +74,53 @@ def describe(config, mesh, length: int | None = None) -> Step:
         )
     rows = config.train.batch_size
     sharding.check_batch("config.train.batch_size", rows, mesh, config.train.accumulate)
+    if part == "evaluate":
+        rows = config.train.eval_batch_size
+        rows += -rows % (mesh.shape["data"] * mesh.shape["fsdp"])
     label = jax.ShapeDtypeStruct((rows,), jnp.int32)
     if described["model_type"] == "vit":
         model, size = ViTClassifier(ViTConfig.from_hf(described), 2, dtype), config.task.image_size
-        rules = sharding.VIT
-        loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), ("pixel_values",), None))
+        rules, length = sharding.VIT, (size // model.config.patch_size) ** 2 + 1
+        task = Task([], [], [], ("0", "1"), ("accuracy",), ("pixel_values",), None)
         pixels = jax.ShapeDtypeStruct((rows, size, size, model.config.channels), jnp.uint8)
-        return _step(config, mesh, model, rules, loss, {"pixel_values": pixels, "label": label}, (pixels,))
-    length = config.task.max_length if length is None else length
-    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    batch = {"input_ids": tokens, "attention_mask": tokens}
-    if described["model_type"] in decoder.FAMILIES:
-        model = Decoder(DecoderConfig.from_hf(described), dtype, dtype, config.model.remat)
-        rules = sharding.DECODER_TIED if model.config.tied else sharding.DECODER
-        loss = make_language_loss(model)
-        batch["loss_mask"] = tokens
+        batch, example = {"pixel_values": pixels, "label": label}, (pixels,)
     else:
-        model = EncoderClassifier(EncoderConfig.from_hf(described), 2, dtype)
-        rules = sharding.ENCODER
-        loss = make_loss(model, Task([], [], [], ("0", "1"), ("accuracy",), INPUTS, None))
-        batch["label"] = label
-    return _step(config, mesh, model, rules, loss, batch, (tokens, tokens))
-
-
-def _step(config, mesh, model, rules, loss, batch, example) -> Step:
-    key = jax.random.key(0)
-    frozen = jax.eval_shape(model.init, key, *example)["params"]
+        length = config.task.max_length if length is None else length
+        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        batch, example = {"input_ids": tokens, "attention_mask": tokens}, (tokens, tokens)
+        if described["model_type"] in decoder.FAMILIES:
+            model = Decoder(DecoderConfig.from_hf(described), dtype, dtype)
+            rules = sharding.DECODER_TIED if model.config.tied else sharding.DECODER
+            task = Task([], [], [], None, ("loss",), INPUTS, None)
+            batch["loss_mask"] = tokens
+        else:
+            model = EncoderClassifier(EncoderConfig.from_hf(described), 2, dtype)
+            rules = sharding.ENCODER
+            task = Task([], [], [], ("0", "1"), ("accuracy",), INPUTS, None)
+            batch["label"] = label
+    model = fitted(model, config.model, mesh)
+    frozen = jax.eval_shape(model.init, jax.random.key(0), *example)["params"]
     shardings = sharding.param_shardings(frozen, mesh, rules)
     method = from_spec(config.method.to_dict(), config.head_targets)
+    trainable = jax.eval_shape(method.init, frozen, jax.random.key(0))
+    everywhere = NamedSharding(mesh, P())
+    trainable, tables = _on(everywhere, (trainable, jax.eval_shape(lambda: method.tables(frozen))))
+    held = {
+        "frozen weights": jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings),
+        "trained numbers": trainable,
+        "the method's tables": tables,
+        "batch": _on(NamedSharding(mesh, sharding.BATCH), batch),
+    }
+    size, attended = sum(leaf.size for leaf in jax.tree.leaves(frozen)), share(model.config.pattern, length)
+    frozen, batch = held["frozen weights"], held["batch"]
+    if part == "evaluate":
+        function = make_outputs(model, task, method, shardings)
+        return Step(function, (trainable, frozen, batch, tables), size, held, attended)
     optimizer = make_optimizer(1000, **config.optimizer)
-    step = make_train_step(loss, method, optimizer, shardings, config.train.accumulate)
-    trainable = jax.eval_shape(method.init, frozen, key)
-    everywhere, by_rows = NamedSharding(mesh, P()), NamedSharding(mesh, sharding.BATCH)
-    arguments = (
-        _on(everywhere, trainable),
-        _on(everywhere, jax.eval_shape(optimizer.init, trainable)),
-        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings),
-        _on(by_rows, batch),
-        _on(everywhere, jax.eval_shape(jax.random.key_data, key)),
-        0,
-        _on(everywhere, jax.eval_shape(lambda: method.tables(frozen))),
-    )
-    return Step(step, arguments, sum(leaf.size for leaf in jax.tree.leaves(frozen)))
+    held["optimizer"] = _on(everywhere, jax.eval_shape(optimizer.init, trainable))
+    key = _on(everywhere, jax.eval_shape(jax.random.key_data, jax.random.key(0)))
+    function = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
+    return Step(function, (trainable, held["optimizer"], frozen, batch, key, 0, tables), size, held, attended)
 
 
 def _on(sharding, tree):
@@ -122,7 +133,7 @@ def device_bytes(tree) -> int:
 
 
 def matmul_flops(jaxpr, share: int) -> float:
-    """Floating-point operations of a device in matrix products, all of its loops' trips counted.
+    """Floating-point operations of a device in matrix products outside of its kernels, all of its loops' trips counted.
 
     Args:
       jaxpr: of the step; inside its shard_map over "data" and "fsdp" shapes are those of one device, but for "tensor".
@@ -136,6 +147,8 @@ def matmul_flops(jaxpr, share: int) -> float:
             total += (
                 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted) / share
             )
+        if equation.primitive.name == "pallas_call":
+            continue
         trips = equation.params["length"] if equation.primitive.name == "scan" else 1
         for inner in jax.tree.leaves(equation.params):
             if hasattr(inner, "eqns"):  # a jaxpr, as the body of a loop or of a function
@@ -143,11 +156,13 @@ def matmul_flops(jaxpr, share: int) -> float:
     return total
 
 
-def model_flops(config, mesh, length: int | None = None) -> float:
+def model_flops(config, mesh, length: int | None = None, part: str = "train") -> float:
     """`matmul_flops` of the config's step, less those that rematerialisation makes twice: what the model itself needs."""
-    with mock.patch("jax.checkpoint", lambda function, **_: function):
-        step = describe(config, mesh, length)
-        return matmul_flops(step.function.trace(*step.arguments).jaxpr, mesh.shape["tensor"])
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.update(remat="none", attention="xla")  # whose products are counted
+    step = describe(config, mesh, length, part)
+    return matmul_flops(step.function.trace(*step.arguments).jaxpr, mesh.shape["tensor"])
 
 
 def tpu_devices(chip: str, count: int):
@@ -172,13 +187,8 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def report(step: Step, compiled, jaxpr, mesh, chip: str | None) -> str:
     """The table of a compiled step, per device and per step."""
-    trainable, state, frozen, batch, _, _, tables = step.arguments
     memory = compiled.memory_analysis()
-    sizes = {
-        "frozen weights": device_bytes(frozen),
-        "trained numbers and optimizer": device_bytes((trainable, state)),
-        "the method's tables": device_bytes(tables),
-        "batch": device_bytes(batch),
+    sizes = {name: device_bytes(tree) for name, tree in step.held.items()} | {
         # Outputs that don't take the place of an argument are for a moment beside it.
         "activations and temporaries": memory.temp_size_in_bytes
         + memory.output_size_in_bytes
@@ -205,9 +215,10 @@ def report(step: Step, compiled, jaxpr, mesh, chip: str | None) -> str:
     return "\n".join(lines)
 
 
-def length_of_step(compiled, bundles, chip: str, flops: float) -> str:
+def length_of_step(step: Step, compiled, bundles, chip: str, flops: float) -> str:
     """The estimate of a compiled step, and the share of the chip's FLOP/s that its `flops` of the model would be (MFU)."""
-    found, limits = cycles.estimate(compiled.as_text(), bundles, chip), cycles.CHIPS[chip]
+    found = cycles.estimate(compiled.as_text(), bundles, chip, {"splash": step.attended})
+    limits = cycles.CHIPS[chip]
     mfu = flops / (found.cycles / limits.clock * limits.flops)
     million = f"{found.cycles / 1e6:,.1f} M cycles (kernels {found.kernels / 1e6:,.1f} M)"
     return f"  estimated step: {million}, MFU {mfu:.1%}"
@@ -222,22 +233,31 @@ def main(_):
     if not on_tpu:
         jax.config.update("jax_num_cpu_devices", count)
     devices = tpu_devices(chip, count) if on_tpu else jax.devices()
+    parts = flags.FLAGS.parts
+    if unknown := set(parts) - set(PARTS):
+        raise app.UsageError(f"--parts: {sorted(unknown)[0]!r} is none of {', '.join(PARTS)}.")
     try:
         mesh = sharding.make_mesh(parse_mesh(flags.FLAGS.mesh), devices)
-        step = describe(config, mesh, flags.FLAGS.length)
+        steps = {part: describe(config, mesh, flags.FLAGS.length, part) for part in parts}
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    trained = trained_numbers(step.arguments[0])
+    first = steps[parts[0]]
+    trained = trained_numbers(first.held["trained numbers"])
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    batch = step.arguments[3]
+    print(f"{config.model.source}: {first.params:,} numbers, {trained:,} trained ({config.method.name})")
+    print(f"{count} devices: {shape}; compiled for {chip if on_tpu else 'virtual CPU devices'}", flush=True)
+    fits = [_report_part(part, step, config, mesh, chip, on_tpu) for part, step in steps.items()]
+    if not all(fits):
+        sys.exit(1)
+
+
+def _report_part(part: str, step: Step, config, mesh, chip: str | None, on_tpu: bool) -> bool:
+    """Prints what a step costs; whether it could be compiled."""
+    batch = step.held["batch"]
     text = "input_ids" in batch
     rows, *sizes = batch["input_ids" if text else "pixel_values"].shape
-    print(
-        f"{config.model.source}: {step.params:,} numbers, {trained:,} trained ({config.method.name}); "
-        f"{rows} {'x' if text else 'images of'} {' x '.join(map(str, sizes))}{' tokens' if text else ''}"
-    )
-    print(f"{count} devices: {shape}; compiled for {chip if on_tpu else 'virtual CPU devices'}", flush=True)
-
+    shape = f"{rows} {'x' if text else 'images of'} {' x '.join(map(str, sizes))}{' tokens' if text else ''}"
+    print(f"{PARTS[part]}, {shape}:")
     start = time.perf_counter()
     traced = step.function.trace(*step.arguments)
     try:
@@ -247,11 +267,12 @@ def main(_):
             raise
         used = re.search(r"Used \S+ of \S+ \S+", str(error))
         print(f"  does not fit {chip}: {used[0] if used else str(error).splitlines()[0]}")
-        sys.exit(1)
+        return False
     print(report(step, compiled, traced.jaxpr, mesh, chip))
     if on_tpu:
-        print(length_of_step(compiled, bundles, chip, model_flops(config, mesh, flags.FLAGS.length)))
-    print(f"  compiled in {time.perf_counter() - start:.0f} s")
+        print(length_of_step(step, compiled, bundles, chip, model_flops(config, mesh, flags.FLAGS.length, part)))
+    print(f"  compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    return True
 
 
 if __name__ == "__main__":
@@ -260,5 +281,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("mesh", "data:-1", "Sizes of the axes data, fsdp and tensor; -1: the rest of the devices.")
     flags.DEFINE_integer("devices", 64, "How many devices.", lower_bound=1)
     flags.DEFINE_enum("chip", None, list(CHIPS), "Which chip; none: say of each whether it has the memory.")
+    flags.DEFINE_list("parts", list(PARTS), f"Some of {', '.join(PARTS)}.")
     flags.DEFINE_integer("length", None, "Tokens of every text; none: config.task.max_length.", lower_bound=2)
     app.run(main)

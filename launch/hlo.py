@@ -13,6 +13,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_METADATA = re.compile(r"kernel_metadata=\{\n.*\n\}\}")  # breaks an instruction into lines
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -49,7 +50,7 @@ def executed(text: str) -> list[tuple[str, int]]:
       ValueError: a loop whose number of trips the text does not say.
     """
     computations, name = {}, None
-    for line in text.splitlines():
+    for line in _METADATA.sub("kernel_metadata={}}", text).splitlines():
         if match := _COMPUTATION.match(line):
             name = "ENTRY" if line.startswith("ENTRY") else match[1]
             computations[name] = []

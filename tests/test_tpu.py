@@ -1,6 +1,7 @@
 """Programs compiled for TPUs that aren't here, by the package libtpu: that kernels are in them, and what isn't."""
 
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from configs import math
 from gpart_jax import canonical_layout, gpart, gpart_transform, lowerings, make_partition, sharding
 from gpart_jax.lowerings.base import Call, Cut, Where, table_shape
+from gpart_jax.models import cross_entropy, published
+from gpart_jax.models.attention import Pattern, attend
 from gpart_jax.transform import bind
+from launch.dryrun import describe
 from launch.hlo import collectives
 
 pytest.importorskip("libtpu")
@@ -172,3 +177,52 @@ def test_xla_divides_no_kernel_and_it_is_said(chips):
     _, gradient, theta, w = data_parallel(chips, AxisType.Auto)
     with pytest.warns(UserWarning, match="without TPU kernels.*value_and_grad, or jax.shard_map"):
         assert kernels(compiled(gradient, theta, w)) == 0
+
+
+PATTERNS = {  # pattern, dtype, (length, heads, key heads, size of a head)
+    "causal": (Pattern(True), jnp.bfloat16, (2048, 8, 2, 128)),
+    "window, cap, odd length": (Pattern(True, 300, 30.0), jnp.bfloat16, (1000, 4, 4, 256)),
+    "bidirectional": (Pattern(False, packed=False), jnp.float32, (197, 12, 12, 64)),
+    "heads that tensor doesn't divide": (Pattern(True), jnp.bfloat16, (256, 14, 2, 64)),
+    "small heads": (Pattern(False), jnp.float32, (384, 12, 12, 32)),
+}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "tensor": 4}], ids=str)
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_attention(chips, kind, sizes):
+    """Its kernels compile, there and back, where "tensor" divides heads and where it can't; no score is written to memory."""
+    pattern, dtype, (length, heads, key_heads, size) = PATTERNS[kind]
+    mesh = sharding.make_mesh(sizes, chips)
+    by_row = NamedSharding(mesh, sharding.BATCH)
+    query, key = (jax.ShapeDtypeStruct((8, length, n, size), dtype) for n in (heads, key_heads))
+    arguments = on(by_row, (query, key, key, jax.ShapeDtypeStruct((8, length), jnp.int32), query))
+
+    def local(query, key, value, segments, cotangent):
+        kept = jax.checkpoint(lambda *arrays: attend(*arrays, segments, pattern, "splash"))
+        out, pull_back = jax.vjp(kept, query, key, value)
+        return out, *pull_back(cotangent)
+
+    rows = jax.shard_map(
+        local, mesh=mesh, in_specs=sharding.BATCH, out_specs=sharding.BATCH, axis_names={"data", "fsdp"}, check_vma=False
+    )
+    text = compiled(rows, *arguments)
+    assert kernels(text) >= 3  # forward, and two back
+    assert not re.search(rf"\[[\d,]*\b{length},{length}\]", text)
+
+
+def test_a_decoders_step(chips):
+    """Attention's kernels, P theta's and the loss in blocks, in one program on a mesh."""
+    mesh = sharding.make_mesh({"data": 2, "tensor": 4}, chips)
+    config = math.get_config("llama31_8b")
+    config.train.batch_size, config.task.max_length = 4, 512
+    small = dict(num_hidden_layers=2, hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=4)
+    with (
+        mock.patch.dict(published.CONFIGS[config.model.source], vocab_size=8192, head_dim=64, **small),
+        mock.patch.object(cross_entropy, "NUMBERS", 2 * 64 * 8192),
+    ):
+        step = describe(config, mesh)
+        text = step.function.lower(*step.arguments).compile().as_text()
+    names = re.findall(r"%(splash_mha_[a-z]+|gpart)[\w.]* = \S+ custom-call|%(splash_mha_[a-z]+|gpart)[\w.]* = \(.*?\) custom-call", text)
+    assert {one or other for one, other in names} == {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv", "gpart"}
+    assert "f32[2,64,2048]" in text and "f32[2,512,2048]" not in text  # logits of a block, and of all of a device's rows

@@ -11,6 +11,7 @@ from experiments.tasks.glue import FIELDS, load_glue
 from experiments.tasks.lexicon import load_lexicon
 from experiments.tasks.math import TRAINING_DATA, load_reasoning
 from experiments.tasks.vision import SOURCES, load_vision
+from experiments.text import packed, with_lengths
 from gpart_jax.models.encoder import EncoderConfig
 from gpart_jax.models.pretrained_decoder import read_decoder_config
 from gpart_jax.models.storage import read_config
@@ -40,7 +41,8 @@ def load_task(spec: dict, where: pathlib.Path | None, seed: int) -> Task:
     """The task that config.task describes; a text is tokenized by the model's tokenizer.
 
     Args:
-      spec: {"name": "glue/sst2", "max_length": 64, ...}.
+      spec: {"name": "glue/sst2", "max_length": 64, ...}. Of all text may be given: "lengths", those of batches in tokens (None:
+        text.LENGTHS); and where a decoder learns it, "packed", whether short texts share a row of max_length tokens.
       where: the model's directory or GGUF file. A task of images needs none.
       seed: of the held-out split, where the task makes one.
 
@@ -56,11 +58,15 @@ def load_task(spec: dict, where: pathlib.Path | None, seed: int) -> Task:
         load = functools.partial(load, tokenizer, pad=EncoderConfig.from_hf(read_config(where)).pad_token_id)
     elif kind == LANGUAGE:
         load = functools.partial(load, load_vocabulary(where, read_decoder_config(where).vocab_size))
+    lengths = options.pop("lengths", None) if kind != IMAGES else None
+    pack = options.pop("packed", False) if kind == LANGUAGE else False
     try:
         inspect.signature(load).bind(seed=seed, **options)
     except TypeError as error:
         raise ValueError(f"Task {name!r} with options {options}: {error}.") from None
-    return load(seed=seed, **options)
+    task = load(seed=seed, **options)
+    task = packed(task, seed) if pack else task
+    return task if lengths is None else with_lengths(task, lengths)
 
 
 def read_tokenizer(model_dir: pathlib.Path | None) -> tokenizers.Tokenizer:

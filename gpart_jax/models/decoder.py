@@ -9,6 +9,7 @@ the size of one head.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from gpart_jax.models.attention import Pattern, attend, choose
+from gpart_jax.models.cross_entropy import token_losses
+from gpart_jax.models.remat import remat
 from gpart_jax.sharding import whole
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -34,12 +38,6 @@ HF_NAMES = {  # fields of DecoderConfig that config.json calls otherwise
     "tied": "tie_word_embeddings",
     "family": "model_type",
 }
-REMAT = {  # what the backward pass finds of a layer; it makes the rest again, the layer's adapted weights always
-    "full": None,  # the layer's input alone
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and what its projections gave
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's: frequencies of long wavelengths are divided by `factor`, those between two bounds by something less."""
@@ -82,6 +80,10 @@ class DecoderConfig:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported. Use one of {', '.join(ACTIVATIONS)}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern(causal=True, window=self.sliding_window)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "DecoderConfig":
@@ -178,13 +180,17 @@ class Decoder(nn.Module):
 
     Args:
       input_ids: int (B, L); L is at most `config.max_positions`.
-      attention_mask: int or bool (B, L); zero where a token is padding, on the left or on the right.
+      attention_mask: int or bool (B, L); zero where a token is padding, on the left or on the right. Where a row holds several
+        texts, 1, 2, ... says of which a token is: they don't see one another, and the positions of each begin at 0.
       adapt: a bound method (`Method.bind`).
       cache: of S columns. The L tokens are its next columns; `attention_mask` is (B, S), of all columns that this call
         writes or finds written, and zero after them. Nothing checks that they have room.
+      weights: float32 (B, L), to have the loss instead of logits: the weight of each token's cross-entropy, given those before
+        it. A row's first has none.
 
     Returns:
-      float32 (B, L, vocab_size). With a cache: those of the last column alone, (B, vocab_size), and the cache.
+      float32 (B, L, vocab_size). With a cache: those of the last column alone, (B, vocab_size), and the cache. With weights: (B,),
+      each row's weighted sum of cross-entropies, for which the logits of only some tokens exist at a time.
 
     Raises:
       ValueError: sequences that are too long.
@@ -193,7 +199,8 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: Any = jnp.float32  # of the computation
     param_dtype: Any = jnp.float32
-    remat: str = "full"  # of REMAT
+    remat: str = "full"  # of remat.CHOICES
+    attention: str = "auto"  # of attention.CHOICES; "auto" is for JAX's default devices
 
     @nn.compact
     def __call__(
@@ -202,6 +209,7 @@ class Decoder(nn.Module):
         attention_mask: jax.Array,
         adapt: Callable | None = None,
         cache: Cache | None = None,
+        weights: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, Cache]:
         config = self.config
         length = input_ids.shape[1]
@@ -218,44 +226,41 @@ class Decoder(nn.Module):
         if config.family == "gemma":
             hidden *= jnp.asarray(config.hidden_size**0.5, self.dtype)
 
-        real = attention_mask.astype(bool)
-        start = 0 if cache is None else cache.filled
-        # S is the number of the cache's columns, or L.
-        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)  # (B, S), from a row's first real token
-        rope = _rope(config, jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1))
-        columns = jnp.arange(real.shape[1])
-        ahead = start + columns[:length, None] - columns  # (L, S), how far the key lies before the query
-        seen = ahead >= 0
-        if config.sliding_window is not None:
-            seen &= ahead < config.sliding_window
-        mask = seen & real[:, None, None]  # (B, 1, L, S)
+        segments, start = attention_mask.astype(jnp.int32), 0 if cache is None else cache.filled
+        rope = _rope(config, jax.lax.dynamic_slice_in_dim(_positions(segments), start, length, axis=1))
+        kernel = "xla" if cache is not None else self.attention
+        if kernel == "auto":
+            kernel = choose(kernel, jax.default_backend(), self.dtype, config.head_dim, config.pattern)
+        see = functools.partial(attend, segments=segments, pattern=config.pattern, implementation=kernel, start=start)
 
         layer = Layer(config, self.dtype, self.param_dtype, parent=None)
 
         def init_layers(key):
             keys = jax.random.split(key, config.num_layers)
-            return jax.vmap(lambda key: layer.init(key, hidden, rope, mask)["params"])(keys)
+            return jax.vmap(lambda key: layer.init(key, hidden, rope, see)["params"])(keys)
 
         def one_layer(carry, number_and_weights):
             (hidden, cache), (number, weights) = carry, number_and_weights
             if adapt is not None:
                 weights = adapt({"layers": weights}, layer=number)["layers"]
-            return layer.apply({"params": weights}, hidden, rope, mask, cache, number), None
+            return layer.apply({"params": weights}, hidden, rope, see, cache, number), None
 
         if self.is_initializing():
             layers = self.param("layers", init_layers)
         else:  # without `param`'s check of shapes: on a mesh these may be shards, which `adapt` makes whole
             layers = self.get_variable("params", "layers")
-        one_layer = jax.checkpoint(
-            one_layer, policy=REMAT[self.remat], prevent_cse=False
-        )  # a scan needs no such barrier
+        one_layer = remat(one_layer, self.remat, prevent_cse=False)  # a scan needs no such barrier
         (hidden, cache), _ = jax.lax.scan(one_layer, (hidden, cache), (jnp.arange(config.num_layers), layers))
 
         if cache is not None:
             hidden = hidden[:, -1]
         hidden = RMSNorm(config, self.dtype, self.param_dtype, name="norm")(hidden)
-        output = embed.attend if config.tied else _dense(config.vocab_size, self, "lm_head")
-        logits = output(hidden).astype(jnp.float32)  # (B, L, vocab_size)
+        head = None if config.tied else _dense(config.vocab_size, self, "lm_head")
+        if weights is not None:
+            matrix = embed.embedding.T if head is None else head.variables["params"]["kernel"]  # (H, vocab_size)
+            following = jnp.pad(input_ids[:, 1:], ((0, 0), (0, 1))), jnp.pad(weights[:, 1:], ((0, 0), (0, 1)))
+            return token_losses(hidden, matrix, *following)
+        logits = (head or embed.attend)(hidden).astype(jnp.float32)  # (B, L, vocab_size)
         return logits if cache is None else (logits, cache._replace(filled=cache.filled + length))
 
 
@@ -265,10 +270,10 @@ class Layer(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, hidden, rope, mask, cache=None, number=None):
+    def __call__(self, hidden, rope, see, cache=None, number=None):
         types = self.config, self.dtype, self.param_dtype
         normed = RMSNorm(*types, name="attention_norm")(hidden)
-        attended, cache = Attention(*types, name="attention")(normed, rope, mask, cache, number)
+        attended, cache = Attention(*types, name="attention")(normed, rope, see, cache, number)
         hidden += whole(attended)
         return hidden + whole(MLP(*types, name="mlp")(RMSNorm(*types, name="mlp_norm")(hidden))), cache
 
@@ -279,7 +284,7 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, hidden, rope, mask, cache, number):
+    def __call__(self, hidden, rope, see, cache, number):
         config = self.config
         batch, length, _ = hidden.shape
 
@@ -295,7 +300,7 @@ class Attention(nn.Module):
             written = [jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, (key, value))]
             key, value = (array[number] for array in written)  # (B, S, K, D)
             cache = Cache(written[0], written[1], cache.filled)
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)  # (B, L, A, D)
+        mixed = see(query, key, value)  # (B, L, A, D)
         return _dense(config.hidden_size, self, "out")(mixed.reshape(batch, length, -1)), cache
 
 
@@ -327,6 +332,14 @@ class RMSNorm(nn.Module):
         if gemma:
             return (wide * (1 + scale.astype(jnp.float32))).astype(self.dtype)
         return scale.astype(self.dtype) * wide.astype(self.dtype)
+
+
+def _positions(segments):
+    """Of each token in its text, from the first real one on: int (B, S)."""
+    count = jnp.cumsum(segments > 0, axis=1)
+    before = jnp.pad(jax.lax.cummax(segments, axis=1)[:, :-1], ((0, 0), (1, 0)))
+    first = jax.lax.cummax(jnp.where(segments > before, count, 0), axis=1)  # the count at the first token of the text
+    return jnp.maximum(count - first, 0)
 
 
 def _rope(config, positions):

@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from gpart_jax.models.attention import Pattern, attend, choose
+from gpart_jax.models.remat import remat_layer
+
 if TYPE_CHECKING:
     from gpart_jax.models.vit import ViTConfig  # which imports this module
 
@@ -69,6 +72,14 @@ class EncoderConfig:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}.")
 
     @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern(causal=False, packed=False)
+
+    @property
     def max_length(self) -> int:
         """The longest sequence, in tokens: 512 for the published BERT and RoBERTa models."""
         return self.max_positions - (self.pad_token_id + 1 if self.family == "roberta" else 0)
@@ -109,6 +120,9 @@ class EncoderClassifier(nn.Module):
       token_type_ids: int (B, L), which sentence of a pair a token is of; all 0 by default. BERT only.
       train: whether dropout is on.
 
+      adapt: a bound method (`Method.bind`), that adapts the params of the layers one by one, each where it is used; the other params
+        are adapted already. None: all are.
+
     Returns:
       float32 (B, num_labels).
 
@@ -119,6 +133,8 @@ class EncoderClassifier(nn.Module):
     config: EncoderConfig
     num_labels: int
     dtype: Any = jnp.float32
+    attention: str = "auto"  # of attention.CHOICES; "auto" is for JAX's default devices
+    remat: str = "none"  # of remat.CHOICES
 
     @nn.compact
     def __call__(
@@ -128,11 +144,14 @@ class EncoderClassifier(nn.Module):
         token_type_ids: jax.Array | None = None,
         *,
         train: bool = False,
+        adapt: Callable | None = None,
     ) -> jax.Array:
         config = self.config
         hidden = Embeddings(config, self.dtype, name="embeddings")(input_ids, token_type_ids, train)  # (B, L, H)
         for index in range(config.num_layers):
-            hidden = Layer(config, self.dtype, name=f"layer_{index}")(hidden, attention_mask, train)
+            name = f"layer_{index}"
+            layer = remat_layer(Layer, name, self.remat, adapt)(config, self.dtype, self.attention, name=name)
+            hidden = layer(hidden, attention_mask, train)
         first = hidden[:, 0]  # (B, H), of [CLS] or <s>
         rate = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
         if config.family == "roberta":
@@ -175,11 +194,12 @@ class Embeddings(nn.Module):
 class Layer(nn.Module):
     config: EncoderConfig
     dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(self, hidden, attention_mask, train):
         config, dtype = self.config, self.dtype
-        attended = Attention(config, dtype, name="attention")(hidden, attention_mask, train)  # (B, L, H)
+        attended = Attention(config, dtype, self.attention, name="attention")(hidden, attention_mask, train)  # (B, L, H)
         hidden = norm(config, dtype, "attention_norm")(hidden + dropout(config.hidden_dropout, attended, train))
         inner = dense(config, config.intermediate_size, dtype, "intermediate")(hidden)  # (B, L, intermediate)
         outer = dense(config, config.hidden_size, dtype, "output")(ACTIVATIONS[config.hidden_act](inner))  # (B, L, H)
@@ -189,24 +209,22 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     config: "EncoderConfig | ViTConfig"
     dtype: Any
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, hidden, attention_mask, train):
-        config = self.config
-        heads = (*hidden.shape[:2], config.num_heads, config.hidden_size // config.num_heads)  # (B, L, A, D)
+        config, rate = self.config, self.config.attention_dropout
+        heads = (*hidden.shape[:2], config.num_heads, config.head_dim)  # (B, L, A, D)
         query, key, value = (
             dense(config, config.hidden_size, self.dtype, name)(hidden).reshape(heads)
             for name in ("query", "key", "value")
         )
-        scores = jnp.einsum("bqad,bkad->baqk", query, key, preferred_element_type=jnp.float32)  # (B, A, L, L)
-        scores *= heads[-1] ** -0.5
-        if attention_mask is not None:
-            real = attention_mask[:, None, None].astype(bool)  # (B, 1, 1, L)
-            # The lowest finite number, not -inf: a row that is all padding gets even weights instead of 0/0.
-            scores = jnp.where(real, scores, jnp.finfo(jnp.float32).min)
-        weights = dropout(config.attention_dropout, nn.softmax(scores), train).astype(self.dtype)
-        mixed = jnp.einsum("baqk,bkad->bqad", weights, value).reshape(hidden.shape)  # (B, L, H)
-        return dense(config, config.hidden_size, self.dtype, "out")(mixed)
+        kernel = self.attention
+        if kernel == "auto":
+            kernel = choose(kernel, jax.default_backend(), self.dtype, config.head_dim, config.pattern, rate)
+        drop = functools.partial(dropout, rate, train=train)
+        mixed = attend(query, key, value, attention_mask, config.pattern, kernel, drop=drop)
+        return dense(config, config.hidden_size, self.dtype, "out")(mixed.reshape(hidden.shape))
 
 
 class RobertaHead(nn.Module):

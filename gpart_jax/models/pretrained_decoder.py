@@ -53,7 +53,7 @@ def load_decoder(
       source: as in `locate`. Of GGUF files, Llamas alone.
       mesh: where the weights go, by the rules `sharding.DECODER`. None: the first device.
       dtype: of the weights, whatever they were stored as, and of the computation.
-      remat: of `decoder.REMAT`.
+      remat: of `remat.CHOICES`.
 
     Returns:
       (model, params): a `Decoder` and its nested dict of arrays on the mesh.

@@ -8,6 +8,7 @@ In the comments B is the batch, L the number of patches and the class token, H t
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from gpart_jax.models.attention import Pattern
 from gpart_jax.models.encoder import ACTIVATIONS, Attention, dense, dropout, norm
+from gpart_jax.models.remat import remat_layer
 
 HF_NAMES = {  # fields of ViTConfig that config.json calls otherwise
     "num_layers": "num_hidden_layers",
@@ -67,6 +70,14 @@ class ViTConfig:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
 
     @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern(causal=False)
+
+    @property
     def example(self) -> jax.ShapeDtypeStruct:
         """What one image of the learned size is, as input."""
         return jax.ShapeDtypeStruct((1, self.image_size, self.image_size, self.channels), jnp.float32)
@@ -101,6 +112,9 @@ class ViTClassifier(nn.Module):
         height and width are multiples of the patch size.
       train: whether dropout is on.
 
+      adapt: a bound method (`Method.bind`), that adapts the params of the layers one by one, each where it is used; the other params
+        are adapted already. None: all are.
+
     Returns:
       float32 (B, num_labels).
 
@@ -111,13 +125,17 @@ class ViTClassifier(nn.Module):
     config: ViTConfig
     num_labels: int
     dtype: Any = jnp.float32
+    attention: str = "auto"  # of attention.CHOICES; "auto" is for JAX's default devices
+    remat: str = "none"  # of remat.CHOICES
 
     @nn.compact
-    def __call__(self, pixel_values: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, pixel_values: jax.Array, *, train: bool = False, adapt: Callable | None = None) -> jax.Array:
         config = self.config
         hidden = Embeddings(config, self.dtype, name="embeddings")(pixel_values, train)  # (B, L, H)
         for index in range(config.num_layers):
-            hidden = Layer(config, self.dtype, name=f"layer_{index}")(hidden, train)
+            name = f"layer_{index}"
+            layer = remat_layer(Layer, name, self.remat, adapt)(config, self.dtype, self.attention, name=name)
+            hidden = layer(hidden, None, train)
         first = norm(config, self.dtype, "norm")(hidden[:, 0])  # (B, H), of the class token
         if config.pooler:
             first = nn.tanh(dense(config, config.hidden_size, self.dtype, "pooler")(first))
@@ -178,12 +196,13 @@ def _bicubic(old: int, new: int) -> np.ndarray:
 class Layer(nn.Module):
     config: ViTConfig
     dtype: Any
+    attention: str
 
     @nn.compact
-    def __call__(self, hidden, train):
+    def __call__(self, hidden, attention_mask, train):
         config, dtype = self.config, self.dtype
-        attended = Attention(config, dtype, name="attention")(
-            norm(config, dtype, "attention_norm")(hidden), None, train
+        attended = Attention(config, dtype, self.attention, name="attention")(
+            norm(config, dtype, "attention_norm")(hidden), attention_mask, train
         )
         hidden += dropout(config.hidden_dropout, attended, train)
         inner = dense(config, config.intermediate_size, dtype, "intermediate")(

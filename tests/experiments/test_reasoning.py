@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from configs import math as config_math
 from experiments import data, evaluate, reasoning, report
 from experiments.train import train
-from gpart_jax import load_adapter
+from gpart_jax import load_adapter, sharding
+from gpart_jax.methods import chain
 from gpart_jax.models import pretrained_decoder
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.generate import Continuation
@@ -58,7 +59,9 @@ def test_a_decoder_trains_and_what_it_saves_has_that_loss(tiny_llama, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     experiment = evaluate.build(config)
-    untrained = evaluate.predict(experiment, experiment.params, experiment.task.test, 8)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    outputs = evaluate.outputs_of(experiment, chain(), {}, mesh)
+    untrained = evaluate.predict(experiment.task, outputs, mesh, experiment.task.test, 8)
     assert results["test"] < evaluate.score(experiment.task, experiment.task.test, untrained)["loss"]
     assert abs(losses[0] - np.log(98)) < 0.3 and losses[-1] < losses[0]
 

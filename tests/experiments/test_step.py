@@ -80,7 +80,7 @@ def test_twenty_steps_follow_the_authors_release():
 @pytest.mark.parametrize("size, n", [("base", 14_155_776), ("large", 50_331_648)])
 def test_the_real_recipe_lowers_at_full_size(size, n):
     config = glue.get_config(f"rte,{size}")
-    step, arguments, _ = describe(config, sharding.make_mesh(devices=jax.devices()[:1]))
+    step, arguments, *_ = describe(config, sharding.make_mesh(devices=jax.devices()[:1]))
     assert canonical_layout(arguments[2], config.method.targets).size == n
     trainable, _, frozen, batch, *_ = arguments
     assert trainable["theta"].shape == (23_040,)

@@ -62,6 +62,25 @@ def test_a_counter_that_is_put_aside_and_copied_is_followed():
     assert cycles.kernel_cycles(SPILLED, "spilled") == 1 + 7 * 9 + 1
 
 
+def test_a_counter_that_lies_aside_from_turn_to_turn_begins_as_it_was_put_there():
+    text = SPILLED.replace("%s2_s1 = sphi %s1_s0, %s9_s2  ;;  %8 = sst [smem:[#allocation7_spill]] %s2_s1", "%8 = vnop")
+    text = text.replace("%s1_s0 = smov.u32 0", "%s1_s0 = smov.u32 2  ;;  %7 = sst [smem:[#allocation7_spill]] %s1_s0")
+    text = text.replace("%10 = vnop", "%10 = sst [smem:[#allocation7_spill]] %s9_s2")
+    assert cycles.kernel_cycles(text, "put aside") == 1 + 5 * 9 + 1
+
+
+def test_of_kernels_that_pass_over_blocks_a_share_counts(committed):
+    text, bundles = without_unknown(*committed)
+    text = text.replace("f32[1048576,128]", "f32[64,128]").replace('"bytes_accessed":"1000000000"', "")
+    whole = cycles.estimate(text, bundles, "v5e")
+    half = cycles.estimate(text, bundles, "v5e", {"nested": 0.5, "other": 0.1})
+    assert half.kernels == 14 * round(NESTED / 2) and half.cycles - half.kernels == whole.cycles - whole.kernels
+    # What a kernel says of itself may break its instruction into lines.
+    target = 'custom_call_target="tpu_custom_call"'
+    broken = text.replace(target, target + ', frontend_attributes={kernel_metadata={\n"a":"{1}"\n}}')
+    assert broken != text and cycles.estimate(broken, bundles, "v5e") == whole
+
+
 def test_a_loop_of_unknown_length_is_refused(committed):
     with pytest.raises(ValueError, match="unknown.1: how often its loop of bundles 0xe to 0x11 turns depends on data"):
         cycles.kernel_cycles(committed[1]["unknown.1"], "unknown.1")

@@ -100,9 +100,14 @@ def test_the_command_prints_what_a_step_costs(tiny_model):
     options = "--devices=2", "--mesh=data:2", "--length=8", "--config.method.d=300", "--config.model.dropout=0.0"
     done = dry_run("--config=configs/glue.py:rte,base", f"--config.model.source={tiny_model}", *options)
     assert done.returncode == 0, done.stderr
-    rows = dict(re.findall(r"^  (\S.*?) {2,}(\S.*)$", done.stdout, re.MULTILINE))
+    training, evaluation = (
+        dict(re.findall(r"^  (\S.*?) {2,}(\S.*)$", part, re.MULTILINE)) for part in done.stdout.split("evaluation, 64 x 8 tokens:\n")
+    )
+    rows = training
+    assert "training, 32 x 8 tokens:\n" in done.stdout
     assert rows["all-reduce (1 times)"] == f"{4 * (300 + 32 * 2 + 2 + 1) / 1e6:,.3f} MB"  # the loss travels with them
-    assert {"trained numbers and optimizer", "batch", "activations and temporaries", "in all"} <= rows.keys()
+    held = {"frozen weights", "trained numbers", "the method's tables", "batch", "activations and temporaries", "in all"}
+    assert held | {"optimizer"} <= rows.keys() and held <= evaluation.keys() and "optimizer" not in evaluation
     assert rows["matrix products"].endswith("TFLOP")
     for chip in dryrun.CHIPS:
         assert f"  fits {chip} (" in done.stdout
@@ -110,12 +115,23 @@ def test_the_command_prints_what_a_step_costs(tiny_model):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles with libtpu, which isn't installed")
 def test_the_command_estimates_a_step_on_a_tpu(tiny_model):
-    options = "--devices=1", "--chip=v5e", "--length=8", "--config.method.d=300", "--config.model.dropout=0.0"
+    options = "--devices=1", "--chip=v5e", "--length=8", "--parts=train", "--config.method.d=300", "--config.model.dropout=0.0"
     done = dry_run("--config=configs/glue.py:rte,base", f"--config.model.source={tiny_model}", *options)
     assert done.returncode == 0, done.stderr
     found = re.search(r"^  estimated step: ([\d.]+) M cycles \(kernels ([\d.]+) M\), MFU ([\d.]+)%$", done.stdout, re.M)
     cycles, kernels, mfu = map(float, found.groups())
     assert 0 <= kernels < cycles and 0 <= mfu < 100
+
+
+def test_evaluation_of_a_language_model_needs_no_more_than_training():
+    config, mesh = math.get_config("smollm2"), sharding.make_mesh({"data": 2}, jax.devices()[:2])
+    config.model.source = "Qwen/Qwen2.5-0.5B"
+    sizes = []
+    for part in dryrun.PARTS:
+        step = dryrun.describe(config, mesh, 256, part)
+        memory = step.function.lower(*step.arguments).compile().memory_analysis()
+        sizes.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    assert sizes[1] < sizes[0] < 2 * 8 * 256 * 151_936 * 4, sizes  # float32 logits of all tokens, and their gradient
 
 
 def test_what_is_made_again_is_no_work_of_the_model():
