@@ -15,7 +15,7 @@ from experiments.answers import RULES
 from experiments.checkpoint import write_json
 from experiments.tasks import math
 from gpart_jax.models.decoder import Decoder
-from gpart_jax.models.generate import generate
+from gpart_jax.models.generate import generate_each
 from gpart_jax.models.vocabulary import Vocabulary
 
 BENCHMARKS = {"gsm8k": "gsm8k", "math": "math", "problems": "gsm8k"}  # and whose rule of answers it has
@@ -54,7 +54,7 @@ def answer_all(
     max_new_tokens: int,
     say: Callable[[str], None] = print,
 ) -> list[dict]:
-    """Answers greedily, and keeps each answer in `folder`/predictions.jsonl as soon as its batch is done.
+    """Answers greedily, and keeps each answer in `folder`/predictions.jsonl as soon as it is there.
 
     Started again, it goes on with the problems that have no answer there.
 
@@ -87,34 +87,35 @@ def answer_all(
     rows, rule = _read(folder / "predictions.jsonl"), RULES[BENCHMARKS[benchmark]]
     done = {row["idx"] for row in rows}
     left = [example for example in examples if example["idx"] not in done]
-    left.sort(key=lambda example: len(example["input_ids"]))  # little padding
+    left.sort(key=lambda example: len(example["input_ids"]))  # those that are read together are padded little
     if rows:
         say(f"{len(rows)} of {len(examples)} answers are there already")
     decode = vocabulary.tokenizer.decode
-    with (folder / "predictions.jsonl").open("a") as file:
-        for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
-            written = generate(
-                model, params, [example["input_ids"].tolist() for example in batch], eos=[vocabulary.eos],
-                max_new_tokens=max_new_tokens, mesh=mesh, stop=math.STOP, decode=decode,
-            )  # fmt: skip
-            for example, continuation in zip(batch, written):
-                text = math.completion(decode(continuation.ids))
-                answer = rule.answer(text)
-                rows.append(
-                    {
-                        "idx": example["idx"],
-                        "prompt": example["prompt"],
-                        "completion": text,
-                        "ended": continuation.ended,
-                        "answer": answer,
-                        "right": example["answer"],
-                        "correct": answer is not None and rule.equal(answer, example["answer"]),
-                    }
-                )
-                file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
-            say(f"[{len(rows)}/{len(examples)}] {sum(row['correct'] for row in rows)} correct so far")
+    if not left:
+        return rows
+    prompts = [example["input_ids"].tolist() for example in left]
+    answers = generate_each(
+        model, params, prompts, eos=[vocabulary.eos], max_new_tokens=max_new_tokens, rows=batch_size, mesh=mesh,
+        stop=math.STOP, decode=decode,
+    )  # fmt: skip
+    with (folder / "predictions.jsonl").open("a", buffering=1) as file:
+        for number, continuation in answers:
+            example, text = left[number], math.completion(decode(continuation.ids))
+            answer = rule.answer(text)
+            rows.append(
+                {
+                    "idx": example["idx"],
+                    "prompt": example["prompt"],
+                    "completion": text,
+                    "ended": continuation.ended,
+                    "answer": answer,
+                    "right": example["answer"],
+                    "correct": answer is not None and rule.equal(answer, example["answer"]),
+                }
+            )
+            file.write(json.dumps(rows[-1]) + "\n")
+            if not len(rows) % batch_size or len(rows) == len(examples):
+                say(f"[{len(rows)}/{len(examples)}] {sum(row['correct'] for row in rows)} correct so far")
     return rows
 
 

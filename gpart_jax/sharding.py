@@ -253,8 +253,7 @@ def of_rows(function: Callable, method: "Method", shardings: PyTree) -> Callable
 def _on_own_rows(local: Callable, method: "Method", shardings: PyTree) -> Callable:
     """`local` on each device along "data" and "fsdp", for its rows and with copies of the trained numbers that are its own."""
     mesh = jax.tree.leaves(shardings)[0].mesh
-    gather = _gather(dict(named_leaves(shardings)))
-    on_fsdp = jax.tree.map(lambda s: P(*[axis if axis == "fsdp" else None for axis in s.spec]), shardings)
+    gather, on_fsdp = gatherer(shardings), fsdp_specs(shardings)
 
     def run(flat, frozen, tables, batch, key, shard):
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings)
@@ -349,13 +348,19 @@ def _one_copy_backward(count, cotangent):
 one_copy.defvjp(lambda copies: (one_copy(copies), len(jax.tree.leaves(copies)[0])), _one_copy_backward)
 
 
-def _gather(shardings: dict[str, NamedSharding]) -> Callable:
-    """gather(params, layer=None): the leaves that "fsdp" shards, whole along it. Frozen, so without a derivative."""
+def fsdp_specs(shardings: PyTree) -> PyTree:
+    """Of each leaf, where "fsdp" divides it: for a shard_map over "data" and "fsdp"."""
+    return jax.tree.map(lambda s: P(*[axis if axis == "fsdp" else None for axis in s.spec]), shardings)
+
+
+def gatherer(shardings: PyTree) -> Callable:
+    """gather(params, layer=None), within such a shard_map: the leaves that "fsdp" shards, whole along it. Without a derivative."""
+    by_path = dict(named_leaves(shardings))
 
     def gather(params, layer=None):
         sharded = {}
         for path, leaf in named_leaves(params):
-            spec = tuple(shardings[path].spec)[layer is not None :]
+            spec = tuple(by_path[path].spec)[layer is not None :]
             if "fsdp" in spec:
                 sharded[path] = leaf, spec.index("fsdp"), P(*[axis if axis == "tensor" else None for axis in spec])
         if not sharded:

@@ -91,10 +91,11 @@ def attend(
       query: (B, L, A, D).
       key: (B, S, K, D), where K divides A: each serves A / K heads of queries, one after another.
       value: likewise.
-      segments: int or bool (B, S), to which text of a row each key belongs; 0: padding, on either side. None: all to one.
+      segments: int or bool (B, L), to which text of a row each token belongs; 0: padding, on either side. None: all to one. With
+        None, S may be more than L.
       pattern: what a query sees of its segment.
       implementation: of IMPLEMENTATIONS; see `choose`. The kernels need L = S.
-      start: the column of the first query among the keys; "xla" alone.
+      start: the column of the first query among the keys, or of each row's, int (B,); "xla" alone.
       drop: dropout of the weights, float32 (B, A, L, S); "xla" alone.
 
     Returns:
@@ -102,7 +103,7 @@ def attend(
     """
     if implementation == "splash":
         return _by_splash(query, key, value, segments, pattern)
-    mask = _mask(segments, query.shape[1], start, pattern)
+    mask = _mask(segments, query.shape[1], key.shape[1], start, pattern)
     if implementation == "cudnn":
         mask = None if mask is None else mask[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
@@ -118,21 +119,20 @@ def attend(
     return jnp.einsum("bkgls,bskd->blkgd", weights, value).reshape(query.shape)
 
 
-def _mask(segments, length, start, pattern):
-    """bool (B or 1, L or 1, S); None: all is seen."""
+def _mask(segments, length, columns, start, pattern):
+    """bool (B or 1, L or 1, S); None: all is seen. Of a cache (S > L) there are no segments."""
     parts = []
     if segments is not None and pattern.packed:
-        own = jax.lax.dynamic_slice_in_dim(segments, start, length, axis=1)
-        parts.append(own[:, :, None] == segments[:, None])
+        parts.append(segments[:, :, None] == segments[:, None])
     elif segments is not None:
         parts.append(segments[:, None] != 0)
     if pattern.causal or pattern.window is not None:
-        columns = jnp.arange(length if segments is None else segments.shape[1])
-        ahead = start + columns[:length, None] - columns  # (L, S), how far the key lies before the query
+        # (B or 1, L, S), how far the key lies before the query
+        ahead = jnp.reshape(start, (-1, 1, 1)) + jnp.arange(length)[:, None] - jnp.arange(columns)
         if pattern.causal:
-            parts.append(ahead[None] >= 0)
+            parts.append(ahead >= 0)
         if pattern.window is not None:
-            parts.append((ahead if pattern.causal else jnp.abs(ahead))[None] < pattern.window)
+            parts.append((ahead if pattern.causal else jnp.abs(ahead)) < pattern.window)
     return functools.reduce(jnp.logical_and, parts) if parts else None
 
 

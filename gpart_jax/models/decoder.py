@@ -156,16 +156,16 @@ def _rope_scaling(described: dict | None) -> RopeScaling | None:
 
 
 class Cache(NamedTuple):
-    """The keys and values of a batch's columns so far, so that each is computed once."""
+    """The keys and values of the tokens so far, so that each is computed once: a row's token n lies in column n."""
 
     key: jax.Array  # (layers, B, S, K, D), S columns in all
     value: jax.Array  # likewise
-    filled: jax.Array  # int (), how many columns are written
+    filled: jax.Array  # int (B,), how many columns of each row are written
 
     @classmethod
     def empty(cls, config: DecoderConfig, rows: int, columns: int, dtype: DTypeLike) -> "Cache":
         shape = (config.num_layers, rows, columns, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32))
 
 
 class Decoder(nn.Module):
@@ -183,13 +183,13 @@ class Decoder(nn.Module):
       attention_mask: int or bool (B, L); zero where a token is padding, on the left or on the right. Where a row holds several
         texts, 1, 2, ... says of which a token is: they don't see one another, and the positions of each begin at 0.
       adapt: a bound method (`Method.bind`).
-      cache: of S columns. The L tokens are its next columns; `attention_mask` is (B, S), of all columns that this call
-        writes or finds written, and zero after them. Nothing checks that they have room.
+      cache: of S columns. The tokens that the mask names, a row's first ones, come after those in it. What has no room in it isn't
+        written, and nothing says so.
       weights: float32 (B, L), to have the loss instead of logits: the weight of each token's cross-entropy, given those before
         it. A row's first has none.
 
     Returns:
-      float32 (B, L, vocab_size). With a cache: those of the last column alone, (B, vocab_size), and the cache. With weights: (B,),
+      float32 (B, L, vocab_size). With a cache: those after each row's last token alone, (B, vocab_size), and the cache. With weights: (B,),
       each row's weighted sum of cross-entropies, for which the logits of only some tokens exist at a time.
 
     Raises:
@@ -226,11 +226,15 @@ class Decoder(nn.Module):
         if config.family == "gemma":
             hidden *= jnp.asarray(config.hidden_size**0.5, self.dtype)
 
-        segments, start = attention_mask.astype(jnp.int32), 0 if cache is None else cache.filled
-        rope = _rope(config, jax.lax.dynamic_slice_in_dim(_positions(segments), start, length, axis=1))
-        kernel = "xla" if cache is not None else self.attention
+        if cache is None:
+            segments, start, kernel = attention_mask.astype(jnp.int32), 0, self.attention
+            positions = _positions(segments)  # (B, L)
+        else:
+            segments, start, kernel = None, cache.filled, "xla"
+            positions = start[:, None] + jnp.arange(length)
         if kernel == "auto":
             kernel = choose(kernel, jax.default_backend(), self.dtype, config.head_dim, config.pattern)
+        rope = _rope(config, positions)
         see = functools.partial(attend, segments=segments, pattern=config.pattern, implementation=kernel, start=start)
 
         layer = Layer(config, self.dtype, self.param_dtype, parent=None)
@@ -253,7 +257,8 @@ class Decoder(nn.Module):
         (hidden, cache), _ = jax.lax.scan(one_layer, (hidden, cache), (jnp.arange(config.num_layers), layers))
 
         if cache is not None:
-            hidden = hidden[:, -1]
+            count = attention_mask.astype(bool).sum(axis=1)
+            hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         hidden = RMSNorm(config, self.dtype, self.param_dtype, name="norm")(hidden)
         head = None if config.tied else _dense(config.vocab_size, self, "lm_head")
         if weights is not None:
@@ -261,7 +266,7 @@ class Decoder(nn.Module):
             following = jnp.pad(input_ids[:, 1:], ((0, 0), (0, 1))), jnp.pad(weights[:, 1:], ((0, 0), (0, 1)))
             return token_losses(hidden, matrix, *following)
         logits = (head or embed.attend)(hidden).astype(jnp.float32)  # (B, L, vocab_size)
-        return logits if cache is None else (logits, cache._replace(filled=cache.filled + length))
+        return logits if cache is None else (logits, cache._replace(filled=cache.filled + count))
 
 
 class Layer(nn.Module):
@@ -296,8 +301,8 @@ class Attention(nn.Module):
         key = _rotate(project(config.num_kv_heads, "key"), rope)  # (B, L, K, D)
         value = project(config.num_kv_heads, "value")
         if cache is not None:  # all layers' lies in the scan's carry, where it is written in place
-            at = (number, 0, cache.filled, 0, 0)
-            written = [jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, (key, value))]
+            at = number, jnp.arange(batch)[:, None], cache.filled[:, None] + jnp.arange(length)
+            written = [old.at[at].set(new, mode="drop") for old, new in zip(cache, (key, value))]
             key, value = (array[number] for array in written)  # (B, S, K, D)
             cache = Cache(written[0], written[1], cache.filled)
         mixed = see(query, key, value)  # (B, L, A, D)

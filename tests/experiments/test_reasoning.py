@@ -146,19 +146,18 @@ def answering(problems, monkeypatch, stop_after=None):
     by_prompt = {problem["question"]: problem for problem in problems}
     asked = []
 
-    def generate(model, params, prompts, **options):
-        if stop_after is not None and len(asked) >= 2 * stop_after:
-            raise KeyboardInterrupt
-        texts = ["".join(map(chr, prompt)) for prompt in prompts]
-        asked.extend(texts)
-        found = []
-        for text in texts:
+    def generate_each(model, params, prompts, **options):
+        for number, prompt in reversed(list(enumerate(prompts))):  # no one ends first because it was asked first
+            if stop_after is not None and len(asked) >= 2 * stop_after:
+                raise KeyboardInterrupt
+            text = "".join(map(chr, prompt))
+            asked.append(text)
             problem = by_prompt[text.removeprefix("Question: ").removesuffix("\nAnswer:")]
             wrong = 0 if problem["idx"] % 2 == 0 else 1
-            found.append(f" So it is.\nThe answer is: {int(problem['answer']) + wrong}\nQuestion: what")
-        return [Continuation([ord(character) for character in text], "stop") for text in found]
+            written = f" So it is.\nThe answer is: {int(problem['answer']) + wrong}\nQuestion: what"
+            yield number, Continuation([ord(character) for character in written], "stop")
 
-    monkeypatch.setattr(reasoning, "generate", generate)
+    monkeypatch.setattr(reasoning, "generate_each", generate_each)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({chr(n): n for n in range(127)}, "~"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = tokenizers.decoders.Fuse()

@@ -68,17 +68,23 @@ def test_bfloat16_is_close_and_returns_float32(name):
 
 
 def test_a_cache_gives_the_same_logits_in_pieces():
+    """Rows of which each has its own number of tokens in every piece, and none in some."""
     model, params = tiny("mistral")
-    batch, expected = list(cases("mistral"))[2]  # padded on the left
-    ids, mask = batch["input_ids"], jnp.pad(batch["attention_mask"], ((0, 0), (0, 3)))  # columns that stay empty
-    cache = Cache.empty(model.config, *mask.shape, jnp.float32)
-    for start, end in ((0, 10), (10, 11), (11, 12)):
-        seen = mask.at[:, end:].set(0)
-        piece = {"input_ids": ids[:, start:end], "attention_mask": seen, "cache": cache}
-        logits, cache = run(model, params, piece)
-        assert logits.shape == (3, model.config.vocab_size) and cache.filled == end
-        real = np.array(mask[:, end - 1], bool)
-        np.testing.assert_allclose(logits[real], expected[real, end - 1], atol=1e-4, rtol=0)
+    batch, _ = list(cases("mistral"))[2]
+    ids, rows = batch["input_ids"], len(batch["input_ids"])
+    expected = run(model, params, {"input_ids": ids, "attention_mask": jnp.ones_like(ids)})
+    cache, done = Cache.empty(model.config, rows, 15, jnp.float32), np.zeros(rows, int)
+    for counts in ([5, 1, 7], [0, 6, 2], [7, 0, 1], [0, 5, 2]):
+        counts = np.array(counts)
+        piece = np.zeros((rows, 7), np.int32)
+        for row, (start, count) in enumerate(zip(done, counts)):
+            piece[row, :count] = ids[row, start : start + count]
+        logits, cache = run(model, params, {"input_ids": piece, "attention_mask": np.arange(7) < counts[:, None], "cache": cache})
+        done += counts
+        assert logits.shape == (rows, model.config.vocab_size) and (cache.filled == done).all()
+        new = counts > 0
+        np.testing.assert_allclose(logits[new], expected[new, done[new] - 1], atol=1e-5, rtol=0)
+    assert (done == 12).all()
 
 
 def test_smollm2_continues_ten_prompts_as_with_transformers():

@@ -1,5 +1,7 @@
+import dataclasses
 import functools
 import pathlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 
 from gpart_jax import sharding
-from gpart_jax.models.generate import choose, generate
+from gpart_jax.models import generate as generate_module
+from gpart_jax.models.generate import choose, generate, generate_each
 from gpart_jax.models.pretrained_decoder import load_decoder
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "decoder"
@@ -64,6 +67,31 @@ def test_a_mesh_of_eight_gives_the_same(name, mesh):
     assert [found.ids for found in run(name, PROMPTS, mesh)] == uncached(name)
 
 
+@pytest.mark.parametrize("rows, mesh", [(1, "one"), (2, "one"), (3, "one"), (2, "data 8"), (9, "2 x 2 x 2")])
+def test_rows_that_ended_go_to_the_next_prompts_and_nothing_else_changes(rows, mesh):
+    wanted, prompts, expected = [3, 24, 1, 17, 9], PROMPTS * 3, uncached("llama") * 3
+    model, params, on = tiny("llama", mesh)
+    order = []
+    for number, found in generate_each(model, params, prompts, eos=[], max_new_tokens=wanted * 3, rows=rows, mesh=on, steps=4):
+        order.append(number)
+        assert found.ids == expected[number][: (wanted * 3)[number]] and found.ended == "length"
+    assert sorted(order) == list(range(15))
+    if rows > 1:
+        assert order != sorted(order)  # a short one needn't wait for a long one
+
+
+def test_the_cache_is_as_long_as_the_longest_text_in_it():
+    model, params, mesh = tiny("llama")
+    model = model.clone(config=dataclasses.replace(model.config, max_positions=1000))
+    with mock.patch.object(generate_module, "_resized", wraps=generate_module._resized) as resized:
+        found = generate(model, params, PROMPTS[:2], eos=[], max_new_tokens=[300, 30], rows=1, mesh=mesh, steps=50)
+    assert [call.args[2] for call in resized.call_args_list] == [256, 384, 128]
+    assert len(found[0].ids) == 300 and [one.ids[:NEW] for one in found] == uncached("llama")[:2]
+    sizes = [generate_module._columns(needed) for needed in range(1, 9000)]
+    assert sorted(set(sizes))[:17] == [128 * n for n in range(1, 17)] + [2304] and len(set(sizes)) < 40
+    assert all(needed <= size <= max(128, 1.13 * needed + 128) for needed, size in enumerate(sizes, start=1))
+
+
 def test_sequences_end_at_their_own_tokens():
     expected = uncached("llama")
     eos = [expected[0][5], expected[2][9]]
@@ -99,12 +127,18 @@ def test_samples_follow_the_key():
     assert all(found.ids != ids for found, ids in zip(first, uncached("llama")))
 
 
+def test_a_sample_does_not_depend_on_what_else_is_written():
+    options = dict(temperature=1.0, key=jax.random.key(3))
+    together = run("llama", PROMPTS, **options)
+    assert run("llama", PROMPTS, rows=2, **options) == together == run("llama", PROMPTS, "data 8", **options)
+
+
 def test_top_p_samples_among_the_likeliest():
     logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
-    rows, key = jnp.tile(logits, (4000, 1)), jax.random.key(0)
+    rows, keys = jnp.tile(logits, (4000, 1)), jax.random.split(jax.random.key(0), 4000)
 
     def shares(temperature, top_p):
-        return np.bincount(choose(rows, key, temperature, top_p), minlength=4) / len(rows)
+        return np.bincount(choose(rows, keys, temperature, top_p), minlength=4) / len(rows)
 
     np.testing.assert_allclose(shares(1.0, 1.0), [0.1, 0.5, 0.15, 0.25], atol=0.03)
     np.testing.assert_allclose(shares(1.0, 0.6), [0, 2 / 3, 0, 1 / 3], atol=0.03)
@@ -119,7 +153,9 @@ def test_top_p_samples_among_the_likeliest():
     [
         ([], {}, "at least one prompt"),
         ([[5], []], {}, "each at least one token"),
-        ([[5]], {"max_new_tokens": 0}, "max_new_tokens = 0 and steps = 8 must be positive"),
+        ([[5]], {"max_new_tokens": 0}, "max_new_tokens = 0, steps = 8 and rows = None must be positive"),
+        ([[5]], {"rows": 0}, "rows = 0 must be positive"),
+        ([[5]], {"max_new_tokens": [3, 4]}, "max_new_tokens are 2 numbers for 1 prompts"),
         ([[5]], {"stop": ["x"]}, "Stop strings need `decode`"),
         ([[5]], {"temperature": 1.0}, "temperature = 1.0 must be 0, or positive with a key"),
         ([[5]], {"top_p": 0.0}, r"top_p = 0.0 must be in \(0, 1\]"),
