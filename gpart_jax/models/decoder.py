@@ -227,7 +227,7 @@ class Decoder(nn.Module):
             hidden *= jnp.asarray(config.hidden_size**0.5, self.dtype)
 
         if cache is None:
-            segments, start, kernel = attention_mask.astype(jnp.int32), 0, self.attention
+            segments, start, kernel = attention_mask.astype(jnp.int32), jnp.zeros(1, jnp.int32), self.attention
             positions = _positions(segments)  # (B, L)
         else:
             segments, start, kernel = None, cache.filled, "xla"

@@ -111,21 +111,23 @@ def _each(model, params, prompts, room, eos, rows, mesh, stop, decode, temperatu
         new = []
         for row in sorted(np.flatnonzero(held < 0), key=lambda row: row % of_shard):  # as many for each shard
             if waiting:
-                held[row] = waiting.popleft()
-                found[held[row]] = []
+                held[row] = number = waiting.popleft()
+                found[number] = []
                 new.append(row)
-        longest = max(len(prompts[number]) + len(found[number]) for number in held[held >= 0])
+        longest = max(len(prompts[number]) + len(written) for number, written in found.items())
         state = run.resized(state, _columns(longest + steps))
         if new:
-            state = run.read(params, *_reading(prompts, held, new, of_shard, shards, model.config.max_positions), state)
+            ids, lengths, places = _reading(prompts, held, new, of_shard, shards, model.config.max_positions)
+            state = run.read(params, ids, lengths, places, state)
         tokens, state = run.write(steps, temperature, top_p, params, held, key, state)
-        for row, written in enumerate(np.asarray(tokens).tolist()):
-            if (number := int(held[row])) < 0:
+        for place, written in enumerate(np.asarray(tokens).tolist()):
+            number = int(held[place])
+            if number < 0:
                 continue
             before = found[number]
             found[number], ended = _end(before + written, len(before), room[number], eos, stop, decode)
             if ended:
-                held[row] = -1
+                held[place] = -1
                 yield number, Continuation(found.pop(number), ended)
 
 
@@ -203,8 +205,8 @@ def _on_rows(function, model, mesh, tree, leaves, params, arrays, key):
     shardings = jax.tree.unflatten(tree, leaves)
     gather = sharding.gatherer(shardings)
     by_row = jax.tree.map(lambda _: ROWS, arrays)
-    caches = Cache(P(None, *ROWS), P(None, *ROWS), ROWS)
-    by_row = by_row._replace(state=by_row.state._replace(cache=caches))
+    cache = by_row.state.cache._replace(key=P(None, *ROWS), value=P(None, *ROWS))
+    by_row = by_row._replace(state=by_row.state._replace(cache=cache))
 
     def local(params, arrays, key):
         outside = gather({name: part for name, part in params.items() if name != "layers"})
@@ -248,10 +250,13 @@ def _empty(model, mesh, rows, columns):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _resized(model, mesh, columns, state):
-    *both, filled = state.cache
-    more = max(0, columns - both[0].shape[2])
-    both = [jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))[:, :, :columns] for x in both]
-    return _placed(model, mesh, state._replace(cache=Cache(*both, filled)))
+    more = max(0, columns - state.cache.key.shape[2])
+
+    def fit(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))[:, :, :columns]
+
+    cache = state.cache._replace(key=fit(state.cache.key), value=fit(state.cache.value))
+    return _placed(model, mesh, state._replace(cache=cache))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames=("state",))
@@ -264,11 +269,13 @@ def _read(model, mesh, tree, leaves, params, ids, lengths, places, state):
         own = Cache.empty(model.config, count, width, model.dtype)
         next_logits, own = apply(ids, jnp.arange(width) < lengths[:, None], own)
         width = min(width, cache.key.shape[2])
-        both = [
-            old.at[:, places, :width].set(new[:, :, :width], mode="drop") for old, new in zip(cache[:2], own[:2])
-        ]
+
+        def put(old, new):
+            return old.at[:, places, :width].set(new[:, :, :width], mode="drop")
+
         filled = cache.filled.at[places].set(lengths, mode="drop")
-        return lengths, _State(logits.at[places].set(next_logits, mode="drop"), Cache(*both, filled))
+        cache = Cache(put(cache.key, own.key), put(cache.value, own.value), filled)
+        return lengths, _State(logits.at[places].set(next_logits, mode="drop"), cache)
 
     return _on_rows(read, model, mesh, tree, leaves, params, _Reading(ids, lengths, places, state), None)[1]
 
