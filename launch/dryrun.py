@@ -1,4 +1,4 @@
-"""Compiles a config's steps, of training and of evaluation, for a mesh that isn't here, and says what each costs a device.
+"""Compiles a config's steps, of training, evaluation and generation, for a mesh that isn't here, and says what each costs a device.
 
   python -m launch.dryrun --config=configs/math.py:llama31_8b --mesh=data:16,tensor:4 --devices=64 --chip=v5e
 
@@ -30,10 +30,11 @@ from experiments.evaluate import fitted
 from experiments.logger import quiet
 from experiments.optimizer import make_optimizer
 from experiments.step import make_loss, make_outputs, make_train_step
+from experiments.tasks.math import TRAINING_DATA
 from experiments.text import INPUTS
 from gpart_jax import sharding
 from gpart_jax.methods import from_spec, trained_numbers
-from gpart_jax.models import decoder, published
+from gpart_jax.models import decoder, generate, published
 from gpart_jax.models.attention import share
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
@@ -49,14 +50,15 @@ TOPOLOGIES = {  # of so many TPU chips
 }
 
 
-PARTS = {"train": "training", "evaluate": "evaluation"}
+PARTS = {"train": "training", "evaluate": "evaluation", "generate": "generation"}  # the last of decoders alone
+NEW_TOKENS = 32  # in a step of generation, which are as many between looks of the host
 
 
 class Step(NamedTuple):
-    """A step of training or evaluation, and the shapes of its arguments, laid out on a mesh."""
+    """A step of training, evaluation or generation, and the shapes of its arguments, laid out on a mesh."""
 
     function: Any  # jitted
-    arguments: tuple  # jax.ShapeDtypeStructs; of training: trainable, optimizer state, frozen, batch, key data, number, tables
+    arguments: tuple  # jax.ShapeDtypeStructs, after those that are static; of training: trainable, optimizer state, frozen, batch, key data, number, tables
     params: int  # numbers of the whole model
     held: dict[str, Any]  # the arguments by what they are: trees
     attended: float  # the share of its blocks of scores that a TPU's attention kernel makes
@@ -74,7 +76,7 @@ def describe(config, mesh, length: int | None = None, part: str = "train") -> St
         )
     rows = config.train.batch_size
     sharding.check_batch("config.train.batch_size", rows, mesh, config.train.accumulate)
-    if part == "evaluate":
+    if part != "train":
         rows = config.train.eval_batch_size
         rows += -rows % (mesh.shape["data"] * mesh.shape["fsdp"])
     label = jax.ShapeDtypeStruct((rows,), jnp.int32)
@@ -98,6 +100,8 @@ def describe(config, mesh, length: int | None = None, part: str = "train") -> St
             rules = sharding.ENCODER
             task = Task([], [], [], ("0", "1"), ("accuracy",), INPUTS, None)
             batch["label"] = label
+    if part == "generate" and not isinstance(model, Decoder):
+        raise app.UsageError(f"{config.model.source} is no decoder, and generates nothing: leave generate out of --parts.")
     model = fitted(model, config.model, mesh)
     frozen = jax.eval_shape(model.init, jax.random.key(0), *example)["params"]
     shardings = sharding.param_shardings(frozen, mesh, rules)
@@ -113,6 +117,8 @@ def describe(config, mesh, length: int | None = None, part: str = "train") -> St
     }
     size, attended = sum(leaf.size for leaf in jax.tree.leaves(frozen)), share(model.config.pattern, length)
     frozen, batch = held["frozen weights"], held["batch"]
+    if part == "generate":
+        return _generation(model, mesh, frozen, rows, length, size)
     if part == "evaluate":
         function = make_outputs(model, task, method, shardings)
         return Step(function, (trainable, frozen, batch, tables), size, held, attended)
@@ -121,6 +127,21 @@ def describe(config, mesh, length: int | None = None, part: str = "train") -> St
     key = _on(everywhere, jax.eval_shape(jax.random.key_data, jax.random.key(0)))
     function = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
     return Step(function, (trainable, held["optimizer"], frozen, batch, key, 0, tables), size, held, attended)
+
+
+def _generation(model, mesh, params, rows: int, columns: int, size: int) -> Step:
+    """`NEW_TOKENS` new tokens of each row, with a cache of so many columns."""
+    program = generate.Programs(model, mesh, params)
+    state = jax.eval_shape(lambda: program.empty(rows, columns))
+    by_row = NamedSharding(mesh, generate.ROWS)
+    cache = state.cache._replace(
+        key=_on(program.by_head, state.cache.key), value=_on(program.by_head, state.cache.value), filled=_on(by_row, state.cache.filled)
+    )
+    state = state._replace(logits=_on(by_row, state.logits), cache=cache)
+    held = _on(by_row, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    key = _on(NamedSharding(mesh, P()), jax.eval_shape(jax.random.key_data, jax.random.key(0)))
+    arguments = *program.static, NEW_TOKENS, 0.0, 1.0, params, held, key, state
+    return Step(generate.write, arguments, size, {"weights": params, "cache": cache, "logits": state.logits}, 1.0)
 
 
 def _on(sharding, tree):
@@ -233,7 +254,7 @@ def main(_):
     if not on_tpu:
         jax.config.update("jax_num_cpu_devices", count)
     devices = tpu_devices(chip, count) if on_tpu else jax.devices()
-    parts = flags.FLAGS.parts
+    parts = flags.FLAGS.parts or list(PARTS)[: 3 if config.task.name in TRAINING_DATA else 2]
     if unknown := set(parts) - set(PARTS):
         raise app.UsageError(f"--parts: {sorted(unknown)[0]!r} is none of {', '.join(PARTS)}.")
     try:
@@ -242,7 +263,7 @@ def main(_):
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     first = steps[parts[0]]
-    trained = trained_numbers(first.held["trained numbers"])
+    trained = trained_numbers(first.held["trained numbers"]) if "trained numbers" in first.held else 0
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"{config.model.source}: {first.params:,} numbers, {trained:,} trained ({config.method.name})")
     print(f"{count} devices: {shape}; compiled for {chip if on_tpu else 'virtual CPU devices'}", flush=True)
@@ -253,10 +274,13 @@ def main(_):
 
 def _report_part(part: str, step: Step, config, mesh, chip: str | None, on_tpu: bool) -> bool:
     """Prints what a step costs; whether it could be compiled."""
-    batch = step.held["batch"]
-    text = "input_ids" in batch
-    rows, *sizes = batch["input_ids" if text else "pixel_values"].shape
-    shape = f"{rows} {'x' if text else 'images of'} {' x '.join(map(str, sizes))}{' tokens' if text else ''}"
+    if part == "generate":
+        _, rows, columns, *_ = step.held["cache"].key.shape
+        shape = f"{NEW_TOKENS} tokens of each of {rows} rows, in a cache of {columns:,} columns"
+    elif "input_ids" in (batch := step.held["batch"]):
+        shape = "{} x {} tokens".format(*batch["input_ids"].shape)
+    else:
+        shape = "{} images of {} x {} x {}".format(*batch["pixel_values"].shape)
     print(f"{PARTS[part]}, {shape}:")
     start = time.perf_counter()
     traced = step.function.trace(*step.arguments)
@@ -281,6 +305,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("mesh", "data:-1", "Sizes of the axes data, fsdp and tensor; -1: the rest of the devices.")
     flags.DEFINE_integer("devices", 64, "How many devices.", lower_bound=1)
     flags.DEFINE_enum("chip", None, list(CHIPS), "Which chip; none: say of each whether it has the memory.")
-    flags.DEFINE_list("parts", list(PARTS), f"Some of {', '.join(PARTS)}.")
+    flags.DEFINE_list("parts", None, f"Some of {', '.join(PARTS)}; none: all that the model has.")
     flags.DEFINE_integer("length", None, "Tokens of every text; none: config.task.max_length.", lower_bound=2)
     app.run(main)

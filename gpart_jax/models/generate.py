@@ -100,7 +100,7 @@ def _each(model, params, prompts, room, eos, rows, mesh, stop, decode, temperatu
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     of_shard = -(-min(rows or len(prompts), len(prompts)) // shards)
     rows = of_shard * shards
-    run = _Programs(model, mesh, params)
+    run = Programs(model, mesh, params)
     key = sharding.replicate(jax.random.key_data(jax.random.key(0) if key is None else key), mesh)
 
     waiting = collections.deque(range(len(prompts)))
@@ -175,29 +175,31 @@ class _State(NamedTuple):
     cache: Cache
 
 
-class _Programs:
+class Programs:
     """What is compiled for a model on a mesh. "data" and "fsdp" divide the rows, "tensor" the heads."""
 
     def __init__(self, model: Decoder, mesh: Mesh, params):
         everywhere = NamedSharding(mesh, P())
         placed = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else everywhere, params)
-        leaves, self._tree = jax.tree.flatten(placed)
-        self._static = model, mesh, self._tree, tuple(leaves)
+        leaves, tree = jax.tree.flatten(placed)
+        self.static = model, mesh, tree, tuple(leaves)
         self._model, self._mesh = model, mesh
+        heads = None if model.config.num_kv_heads % mesh.shape["tensor"] else "tensor"
+        self.by_head = NamedSharding(mesh, P(None, *ROWS, None, heads))  # of the cache
 
     def empty(self, rows: int, columns: int) -> _State:
-        return _empty(self._model, self._mesh, rows, columns)
+        return _empty(self._model, self.by_head, rows, columns)
 
     def resized(self, state: _State, columns: int) -> _State:
-        return state if state.cache.key.shape[2] == columns else _resized(self._model, self._mesh, columns, state)
+        return state if state.cache.key.shape[2] == columns else _resized(self.by_head, columns, state)
 
     def read(self, params, ids, lengths, places, state: _State) -> _State:
         arrays = sharding.place((ids, lengths, places), NamedSharding(self._mesh, ROWS))
-        return _read(*self._static, params, *arrays, state)
+        return _read(*self.static, params, *arrays, state)
 
     def write(self, steps, temperature, top_p, params, held, key, state: _State):
         held = sharding.place(held.astype(np.int32), NamedSharding(self._mesh, ROWS))
-        return _write(*self._static, steps, temperature, top_p, params, held, key, state)
+        return write(*self.static, steps, temperature, top_p, params, held, key, state)
 
 
 def _on_rows(function, model, mesh, tree, leaves, params, arrays, key):
@@ -235,28 +237,26 @@ class _Writing(NamedTuple):
     state: _State
 
 
-def _placed(model, mesh, state):
-    heads = None if model.config.num_kv_heads % mesh.shape["tensor"] else "tensor"
-    by_head = NamedSharding(mesh, P(None, *ROWS, None, heads))
-    key, value = (jax.lax.with_sharding_constraint(array, by_head) for array in state.cache[:2])
-    return state._replace(cache=state.cache._replace(key=key, value=value))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _empty(model, mesh, rows, columns):
+def _empty(model, by_head, rows, columns):
     state = _State(jnp.zeros((rows, model.config.vocab_size)), Cache.empty(model.config, rows, columns, model.dtype))
-    return _placed(model, mesh, state)
+    return _placed(by_head, state)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _resized(model, mesh, columns, state):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _resized(by_head, columns, state):
     more = max(0, columns - state.cache.key.shape[2])
 
     def fit(x):
         return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))[:, :, :columns]
 
     cache = state.cache._replace(key=fit(state.cache.key), value=fit(state.cache.value))
-    return _placed(model, mesh, state._replace(cache=cache))
+    return _placed(by_head, state._replace(cache=cache))
+
+
+def _placed(by_head, state):
+    key, value = (jax.lax.with_sharding_constraint(array, by_head) for array in state.cache[:2])
+    return state._replace(cache=state.cache._replace(key=key, value=value))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames=("state",))
@@ -281,10 +281,10 @@ def _read(model, mesh, tree, leaves, params, ids, lengths, places, state):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6), donate_argnames=("state",))
-def _write(model, mesh, tree, leaves, steps, temperature, top_p, params, held, key, state):
+def write(model, mesh, tree, leaves, steps, temperature, top_p, params, held, key, state):
     """(new tokens, int (rows, steps) on every device; the state after them)"""
 
-    def write(apply, writing, key):
+    def on_shard(apply, writing, key):
         held, state = writing
 
         def step(state, _):
@@ -297,7 +297,7 @@ def _write(model, mesh, tree, leaves, steps, temperature, top_p, params, held, k
         state, tokens = jax.lax.scan(step, state, length=steps)
         return tokens.T, state
 
-    tokens, state = _on_rows(write, model, mesh, tree, leaves, params, _Writing(held, state), key)
+    tokens, state = _on_rows(on_shard, model, mesh, tree, leaves, params, _Writing(held, state), key)
     return jax.lax.with_sharding_constraint(tokens, NamedSharding(mesh, P())), state
 
 

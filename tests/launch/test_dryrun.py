@@ -127,11 +127,22 @@ def test_evaluation_of_a_language_model_needs_no_more_than_training():
     config, mesh = math.get_config("smollm2"), sharding.make_mesh({"data": 2}, jax.devices()[:2])
     config.model.source = "Qwen/Qwen2.5-0.5B"
     sizes = []
-    for part in dryrun.PARTS:
+    for part in ("train", "evaluate"):
         step = dryrun.describe(config, mesh, 256, part)
         memory = step.function.lower(*step.arguments).compile().memory_analysis()
         sizes.append(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
     assert sizes[1] < sizes[0] < 2 * 8 * 256 * 151_936 * 4, sizes  # float32 logits of all tokens, and their gradient
+
+
+def test_generation_is_described_too():
+    mesh = sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    step = dryrun.describe(math.get_config("qwen25_05b"), mesh, 512, "generate")
+    # 24 layers, 8 of 16 rows, one of 2 heads of 64 numbers, keys and values in bfloat16; and how many columns are filled
+    assert dryrun.device_bytes(step.held["cache"]) == 24 * 8 * 512 * 64 * 2 * 2 + 4 * 8
+    tokens = step.function.lower(*step.arguments).out_info[0]
+    assert tokens.shape == (16, dryrun.NEW_TOKENS)
+    with pytest.raises(app.UsageError, match="roberta-base is no decoder, and generates nothing"):
+        dryrun.describe(glue.get_config("rte,base"), mesh, 8, "generate")
 
 
 def test_what_is_made_again_is_no_work_of_the_model():

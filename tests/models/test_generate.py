@@ -85,7 +85,7 @@ def test_the_cache_is_as_long_as_the_longest_text_in_it():
     model = model.clone(config=dataclasses.replace(model.config, max_positions=1000))
     with mock.patch.object(generate_module, "_resized", wraps=generate_module._resized) as resized:
         found = generate(model, params, PROMPTS[:2], eos=[], max_new_tokens=[300, 30], rows=1, mesh=mesh, steps=50)
-    assert [call.args[2] for call in resized.call_args_list] == [256, 384, 128]
+    assert [call.args[1] for call in resized.call_args_list] == [256, 384, 128]
     assert len(found[0].ids) == 300 and [one.ids[:NEW] for one in found] == uncached("llama")[:2]
     sizes = [generate_module._columns(needed) for needed in range(1, 9000)]
     assert sorted(set(sizes))[:17] == [128 * n for n in range(1, 17)] + [2304] and len(set(sizes)) < 40
