@@ -23,8 +23,15 @@ from gpart_jax.models.remat import remat_layer
 if TYPE_CHECKING:
     from gpart_jax.models.vit import ViTConfig  # which imports this module
 
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution's function (arXiv 1606.08415), by erf: JAX's own, by erfc, takes a CPU twice as long."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": functools.partial(nn.gelu, approximate=True),
     "relu": nn.relu,
 }

@@ -7,7 +7,7 @@ ended goes to the next prompt, while the others go on. Each row's first token li
 import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class Continuation(NamedTuple):
     ended: str  # "eos", "stop": by a stop string, or "length"
 
 
-def generate(model: Decoder, params: PyTree, prompts: Sequence[Sequence[int]], **options) -> list[Continuation]:
+def generate(model: Decoder, params: PyTree, prompts: Sequence[Sequence[int]], **options: Any) -> list[Continuation]:
     """Continues each prompt until an end: greedily, or by sampling. Arguments and errors are those of `generate_each`."""
     found = dict(generate_each(model, params, prompts, **options))
     return [found[number] for number in range(len(prompts))]
@@ -178,7 +178,7 @@ class _State(NamedTuple):
 class Programs:
     """What is compiled for a model on a mesh. "data" and "fsdp" divide the rows, "tensor" the heads."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, params):
+    def __init__(self, model: Decoder, mesh: Mesh, params: PyTree):
         everywhere = NamedSharding(mesh, P())
         placed = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else everywhere, params)
         leaves, tree = jax.tree.flatten(placed)
@@ -193,11 +193,13 @@ class Programs:
     def resized(self, state: _State, columns: int) -> _State:
         return state if state.cache.key.shape[2] == columns else _resized(self.by_head, columns, state)
 
-    def read(self, params, ids, lengths, places, state: _State) -> _State:
+    def read(self, params: PyTree, ids: np.ndarray, lengths: np.ndarray, places: np.ndarray, state: _State) -> _State:
         arrays = sharding.place((ids, lengths, places), NamedSharding(self._mesh, ROWS))
         return _read(*self.static, params, *arrays, state)
 
-    def write(self, steps, temperature, top_p, params, held, key, state: _State):
+    def write(
+        self, steps: int, temperature: float, top_p: float, params: PyTree, held: np.ndarray, key: jax.Array, state: _State
+    ) -> tuple[jax.Array, _State]:
         held = sharding.place(held.astype(np.int32), NamedSharding(self._mesh, ROWS))
         return write(*self.static, steps, temperature, top_p, params, held, key, state)
 
@@ -281,7 +283,19 @@ def _read(model, mesh, tree, leaves, params, ids, lengths, places, state):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6), donate_argnames=("state",))
-def write(model, mesh, tree, leaves, steps, temperature, top_p, params, held, key, state):
+def write(
+    model: Decoder,
+    mesh: Mesh,
+    tree: Any,
+    leaves: tuple[NamedSharding, ...],
+    steps: int,
+    temperature: float,
+    top_p: float,
+    params: PyTree,
+    held: jax.Array,
+    key: jax.Array,
+    state: _State,
+) -> tuple[jax.Array, _State]:
     """(new tokens, int (rows, steps) on every device; the state after them)"""
 
     def on_shard(apply, writing, key):

@@ -19,7 +19,7 @@ POLICIES: dict[str, Callable] = {
 CHOICES = ("none", *POLICIES)  # "none": all is kept
 
 
-def remat(function: Any, choice: str, wrap: Callable = jax.checkpoint, **options) -> Any:
+def remat(function: Any, choice: str, wrap: Callable = jax.checkpoint, **options: Any) -> Any:
     """`function`, a layer, under the choice's policy. The layer's adapted weights are always made again, but for "none".
 
     Args:

@@ -72,7 +72,7 @@ def logged(workdir, stopped=()):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     cut = [10 * (step // 10 + 1) for step in stopped]
     return [
-        {name: value for name, value in row.items() if name != "seconds_per_step"}
+        {name: value for name, value in row.items() if name not in ("seconds_per_step", "tokens_per_second")}
         for row in rows
         if row["step"] not in cut
     ]
