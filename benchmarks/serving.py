@@ -18,6 +18,7 @@ from gpart_jax import adapter as artifact
 from gpart_jax import serving
 from gpart_jax.adapter import Adapter
 from gpart_jax.interop import huggingface
+from gpart_jax.methods import from_spec
 
 
 def seconds(call):
@@ -37,8 +38,8 @@ def main(_):
         head = {path: 0.02 * random.standard_normal(leaf.shape, np.float32) for path, leaf in leaves.items()}
         return {"theta": 0.1 * random.standard_normal(options.d, np.float32), "head": head}
 
-    first = Adapter.of(spec, drawn(), params, "^classifier/")
-    method, _ = first.on(params)
+    method = from_spec(spec, "^classifier/")
+    first = Adapter.of(method, drawn(), params)
     tensors = [drawn() for _ in range(options.adapters)]
     adapters = [
         Adapter(**vars(first) | {"tensors": {"theta": one["theta"]} | {f"head/{k}": x for k, x in one["head"].items()}})

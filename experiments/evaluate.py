@@ -197,7 +197,7 @@ def main(_):
         raise app.UsageError(f"--benchmark is for decoders, but {workdir} is a run of {config.task.name}.")
     mesh = sharding.make_mesh(config.mesh.to_dict() if benchmark else None)
     experiment = build(config, mesh)
-    method, trainable = load_adapter(workdir / "adapter.safetensors", experiment.params)
+    method, trainable = load_adapter(workdir / "adapter.safetensors").on(experiment.params)
     if flags.FLAGS.base:
         method, trainable = chain(), {}
     if benchmark:

@@ -51,7 +51,7 @@ def make_plane(params, adapter: pathlib.Path, radius: float, seed: int = 0) -> P
     Raises:
       ValueError: the run trained its head alone.
     """
-    method, trainable = load_adapter(adapter, params)
+    method, trainable = load_adapter(adapter).on(params)
     trained, unravel = ravel_pytree({name: part for name, part in trainable.items() if name != "head"})
     if not trained.size:
         raise ValueError(f"{adapter} is a head alone, which stays as it is here. Choose a run of another method.")
@@ -77,7 +77,7 @@ def make_plane(params, adapter: pathlib.Path, radius: float, seed: int = 0) -> P
 
 def moved(params, adapter: pathlib.Path) -> float:
     """The distance in weight space that an adapter moves a model, its head apart."""
-    method, trainable = load_adapter(adapter, params)
+    method, trainable = load_adapter(adapter).on(params)
     adapted = jax.jit(method.apply)(params, trainable, None, method.tables(params))
     heads, pairs = trainable.get("head", {}), zip(named_leaves(adapted), named_leaves(params))
     both = {path: (new, old) for (path, new), (_, old) in pairs if path not in heads}

@@ -34,7 +34,6 @@ from experiments.optimizer import make_optimizer
 from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_outputs, make_train_step
 from gpart_jax import load_adapter, save_adapter, sharding
-from gpart_jax.adapter import load
 from gpart_jax.interop import huggingface
 from gpart_jax.methods import Method, from_spec, trained_numbers
 
@@ -192,13 +191,14 @@ def finite_mean(
 def finish(config, workdir, experiment, best: dict, total_steps: int, score: Callable, logger: Logger, mesh, **more):
     """Saves the best epoch's adapter, tests it as it lies on disk, and writes predictions.jsonl and results.json."""
     task, adapter = experiment.task, workdir / "adapter.safetensors"
-    save_adapter(adapter, config.method.to_dict(), best["trainable"], experiment.params, config.head_targets)
-    _, loaded = load_adapter(adapter, experiment.params)
+    method = from_spec(config.method.to_dict(), config.head_targets)
+    save_adapter(adapter, method, best["trainable"], experiment.params)
+    _, loaded = load_adapter(adapter).on(experiment.params)
     scores, logits = score(task.test, loaded)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     logger.say(f"test {shown} with the adapter of epoch {best['epoch']}: {adapter}")
     if config.train.get("export"):
-        adapted = load(adapter).apply(experiment.params)
+        adapted = load_adapter(adapter).apply(experiment.params)
         huggingface.export(
             workdir / "model", experiment.model, adapted, labels=task.labels, tokenizer=config.model.source
         )

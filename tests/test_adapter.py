@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from gpart_jax import canonical_layout, load_adapter, save_adapter, sharding
 from gpart_jax.adapter import Adapter, average, distance, file, interpolate, load
 from gpart_jax.adapter.fingerprint import base_fingerprint
-from gpart_jax.methods import from_spec
+from gpart_jax.methods import bitfit, chain, from_spec, gpart, head
 
 HEAD = "^classifier/"
 SPECS = [
@@ -41,12 +41,12 @@ def params():
 def saved(params, tmp_path_factory):
     """A path to write to, and the bytes of a whole file."""
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
-    save_adapter(path, SPECS[0], trained(SPECS[0], params)[1], params, HEAD)
+    save_adapter(path, *trained(SPECS[0], params), params)
     return path, path.read_bytes()
 
 
 def adapter_of(spec, params, **more):
-    return Adapter.of(spec, trained(spec, params)[1], params, HEAD, **more)
+    return Adapter.of(*trained(spec, params), params, **more)
 
 
 def trained(spec, params):
@@ -59,10 +59,10 @@ def trained(spec, params):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec["name"])
 def test_saved_and_loaded_it_gives_the_same_model(params, tmp_path, spec):
     method, trainable = trained(spec, params)
-    save_adapter(tmp_path / "adapter.safetensors", spec, trainable, params, HEAD)
+    save_adapter(tmp_path / "adapter.safetensors", method, trainable, params)
     # Another head to begin with: the adapter brings its own.
     elsewhere = params | {"classifier": jax.tree.map(lambda x: x + 1, params["classifier"])}
-    loaded, numbers = load_adapter(tmp_path / "adapter.safetensors", elsewhere)
+    loaded, numbers = load_adapter(tmp_path / "adapter.safetensors").on(elsewhere)
     jax.tree.map(np.testing.assert_array_equal, numbers, trainable)
     expected = method.apply(params, trainable)
     jax.tree.map(np.testing.assert_array_equal, loaded.apply(elsewhere, numbers), expected)
@@ -71,13 +71,13 @@ def test_saved_and_loaded_it_gives_the_same_model(params, tmp_path, spec):
 
 def test_it_takes_4_d_bytes_and_a_little(params, tmp_path):
     spec = SPECS[0] | {"d": 60}
-    save_adapter(tmp_path / "a", spec, trained(spec, params)[1], params, HEAD)
+    save_adapter(tmp_path / "a", *trained(spec, params), params)
     size = (tmp_path / "a").stat().st_size
     assert 4 * 60 + 4 * 18 < size < 4 * 60 + 4 * 18 + 4096
 
 
 def test_it_says_how_it_was_made_defaults_included(params, tmp_path):
-    save_adapter(tmp_path / "a", SPECS[0], trained(SPECS[0], params)[1], params, HEAD)
+    save_adapter(tmp_path / "a", *trained(SPECS[0], params), params)
     content = (tmp_path / "a").read_bytes()
     header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
     metadata = json.loads(header["__metadata__"]["gpart_jax"])
@@ -89,8 +89,8 @@ def test_it_says_how_it_was_made_defaults_included(params, tmp_path):
 
 
 def test_the_base_may_be_loaded_in_half_precision(params, tmp_path):
-    save_adapter(tmp_path / "a", SPECS[0], trained(SPECS[0], params)[1], params, HEAD)
-    load_adapter(tmp_path / "a", jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    save_adapter(tmp_path / "a", *trained(SPECS[0], params), params)
+    load_adapter(tmp_path / "a").on(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
 
 def other_base(params):
@@ -116,26 +116,26 @@ def wider(params):
     ],
 )
 def test_on_another_model_it_says_what_differs(params, tmp_path, change, message):
-    save_adapter(tmp_path / "a", SPECS[0], trained(SPECS[0], params)[1], params, HEAD)
+    save_adapter(tmp_path / "a", *trained(SPECS[0], params), params)
     with pytest.raises(ValueError, match=message):
-        load_adapter(tmp_path / "a", change(params))
+        load_adapter(tmp_path / "a").on(change(params))
 
 
 def test_damage_is_named(params, tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match="no adapter at"):
-        load_adapter(path, params)
-    save_adapter(path, SPECS[0], trained(SPECS[0], params)[1], params, HEAD)
+        load_adapter(path).on(params)
+    save_adapter(path, *trained(SPECS[0], params), params)
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
     with pytest.raises(ValueError, match="a.safetensors is damaged"):
-        load_adapter(path, params)
+        load_adapter(path).on(params)
     save_file({"theta": np.zeros(9, np.float32)}, path)
     with pytest.raises(ValueError, match="not one that gpart_jax.adapter wrote"):
-        load_adapter(path, params)
+        load_adapter(path).on(params)
     path.write_bytes(whole.replace(b'\\"format\\": 2', b'\\"format\\": 9'))
     with pytest.raises(ValueError, match="adapter format 9; this version of gpart_jax reads 2"):
-        load_adapter(path, params)
+        load_adapter(path).on(params)
 
 
 @pytest.mark.parametrize(
@@ -165,12 +165,12 @@ def test_damage_is_named(params, tmp_path):
 )
 def test_what_is_missing_or_wrong_is_named(params, tmp_path, change, message):
     path = tmp_path / "a.safetensors"
-    save_adapter(path, SPECS[0], trained(SPECS[0], params)[1], params, HEAD)
+    save_adapter(path, *trained(SPECS[0], params), params)
     fields, tensors = file.read(path)
     change(fields, tensors)
     file.write(path, fields, tensors)
     with pytest.raises(ValueError, match=message):
-        load_adapter(path, params)
+        load_adapter(path).on(params)
 
 
 @given(st.data())
@@ -279,7 +279,7 @@ def test_a_header_that_asks_for_much_gets_nothing(tmp_path, header):
 @pytest.mark.parametrize("at", ["save_file", "os.fsync", "os.replace"])
 def test_an_interrupted_save_leaves_the_old_adapter(params, tmp_path, monkeypatch, at):
     path = tmp_path / "a.safetensors"
-    save_adapter(path, SPECS[0], trained(SPECS[0], params)[1], params, HEAD)
+    save_adapter(path, *trained(SPECS[0], params), params)
     before = path.read_bytes()
 
     def fail(*args, **_):
@@ -289,14 +289,14 @@ def test_an_interrupted_save_leaves_the_old_adapter(params, tmp_path, monkeypatc
 
     monkeypatch.setattr(f"gpart_jax.adapter.file.{at}", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_adapter(path, SPECS[0] | {"seed": 5}, trained(SPECS[0], params)[1], params, HEAD)
+        save_adapter(path, *trained(SPECS[0] | {"seed": 5}, params), params)
     assert path.read_bytes() == before
 
 
 def test_only_plain_data_can_be_saved(params, tmp_path):
     spec = SPECS[0] | {"targets": lambda path, leaf: True}
     with pytest.raises(ValueError, match="must be plain data, with targets as patterns"):
-        save_adapter(tmp_path / "a", spec, trained(spec, params)[1], params, HEAD)
+        save_adapter(tmp_path / "a", *trained(spec, params), params)
 
 
 # Fingerprints
@@ -396,7 +396,7 @@ def test_a_merged_leaf_lies_where_the_frozen_one_does(params):
 def test_distances_and_means_are_those_of_the_weights(params, d, seed, t):
     spec = {"name": "gpart", "d": d, "seed": seed, "targets": ["query/kernel$", "value/kernel$"]}
     random = np.random.default_rng(d)
-    one, other = (Adapter.of(spec, {"theta": random.standard_normal(d, np.float32)}, params) for _ in range(2))
+    one, other = (Adapter.of(from_spec(spec), {"theta": random.standard_normal(d, np.float32)}, params) for _ in range(2))
 
     def weights(adapter):
         adapted = adapter.apply(params)["layer_0"]
@@ -418,7 +418,7 @@ def test_distances_and_means_are_those_of_the_weights(params, d, seed, t):
 def test_what_shares_no_partition_has_no_mean(params):
     one = adapter_of(SPECS[0], params)
     other = adapter_of(SPECS[0] | {"d": 8, "scheme": "splitmix64", "dropout": 0.1}, params)
-    with pytest.raises(ValueError, match="scheme is balanced-v1 and splitmix64, d is 9 and 8.$"):
+    with pytest.raises(ValueError, match="d is 9 and 8, scheme is balanced-v1 and splitmix64.$"):
         distance(one, other)
     elsewhere = adapter_of(SPECS[0], other_base(params))
     with pytest.raises(ValueError, match="base model is .* and "):
@@ -444,3 +444,46 @@ def test_a_layout_and_metadata_are_saved_too(params, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.apply(params), adapter.apply(params))
     with pytest.raises(ValueError, match="and so must its metadata"):
         adapter_of(spec, params, metadata={"x": {1, 2}}).save(tmp_path / "a")
+
+
+# The method says what it is
+
+
+def test_what_trained_it_is_what_is_saved(params, tmp_path):
+    """The seed, and all else, come from the method itself: they can't be told wrongly."""
+    method = chain(gpart(9, 7, targets="query/kernel$", dropout=0.5), head(HEAD))
+    trainable = method.init(params, jax.random.key(0)) | {"theta": jnp.arange(9.0)}
+    save_adapter(tmp_path / "a", method, trainable, params)
+    adapter = load_adapter(tmp_path / "a")
+    assert (adapter.method["seed"], adapter.method["dropout"], adapter.head_targets) == (7, 0.5, HEAD)
+    jax.tree.map(np.testing.assert_array_equal, adapter.apply(params), method.apply(params, trainable))
+
+
+def test_what_the_method_does_not_train_is_not_saved(params, tmp_path):
+    method = from_spec(SPECS[0], HEAD)
+    trainable = method.init(params, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"'gpart' trains .*'theta': \(9,\).* but the trainable is .*\(8,\)"):
+        save_adapter(tmp_path / "a", method, trainable | {"theta": jnp.zeros(8)}, params)
+    with pytest.raises(ValueError, match="one method, and a head beside it"):
+        both = chain(gpart(9, targets="query/kernel$"), bitfit())
+        save_adapter(tmp_path / "a", both, both.init(params, jax.random.key(0)), params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_former_calls_hold_for_a_version(params, tmp_path):
+    method, trainable = trained(SPECS[0], params)
+    with pytest.warns(DeprecationWarning, match="Pass the Method"):
+        save_adapter(tmp_path / "a", SPECS[0], trainable, params, HEAD)
+    with pytest.warns(DeprecationWarning, match="is now load_adapter"):
+        loaded, numbers = load_adapter(tmp_path / "a", params)
+    jax.tree.map(np.testing.assert_array_equal, numbers, trainable)
+    assert loaded.options == method.options
+
+
+def test_every_spec_survives_a_method(params):
+    """`from_spec` of what a method says of itself is that method."""
+    for spec in SPECS + [{"name": "bitfit"}, {"name": "vera", "rank": 2, "targets": "query/kernel"}]:
+        method = from_spec(spec, HEAD)
+        again = from_spec({"name": method.name} | method.options, method.head_targets)
+        assert (again.name, again.options, again.head_targets) == (method.name, method.options, method.head_targets)
+        assert method.head_targets == HEAD and method.linear == (spec["name"] not in ("lora", "vera"))

@@ -13,6 +13,7 @@ from gpart_jax import adapter as artifact
 from gpart_jax.adapter import Adapter
 from gpart_jax.adapter.__main__ import main
 from gpart_jax.interop import huggingface, peft
+from gpart_jax.methods import from_spec
 
 BASE = str(pathlib.Path(__file__).parent / "data" / "encoder" / "bert_pair")
 
@@ -27,7 +28,8 @@ def folder(tmp_path_factory):
         spec = {"name": "gpart", "d": d, "seed": 42, "targets": layout, "scheme": "splitmix64"}
         head = {f"classifier/{leaf}": params["classifier"][leaf] + 1 for leaf in ("kernel", "bias")}
         trainable = {"theta": np.full(d, value, np.float32), "head": head}
-        Adapter.of(spec, trainable, params, "^classifier/", {"note": name}).save(directory / name)
+        method = from_spec(spec, "^classifier/")
+        Adapter.of(method, trainable, params, metadata={"note": name}).save(directory / name)
     return directory
 
 

@@ -297,7 +297,7 @@ def test_a_spec_names_a_method_and_the_head_beside_it(params):
         (lambda p: gpart(61, targets=KERNELS).init(p, jax.random.key(0)), "d = 61 must be between 1 and N = 60"),
         (lambda p: chain(head(HEAD), head("bias")).init(p, jax.random.key(0)), r"both train \['head'\]"),
         (lambda p: from_spec({"name": "gpart"}), "missing 1 required positional argument: 'd'"),
-        (lambda p: from_spec({"name": "dora"}), "Unknown method 'dora'. Choose one of gpart, lora, uni_lora"),
+        (lambda p: from_spec({"name": "dora"}), "Unknown method 'dora'. Choose one of bitfit, fastfood, full, gpart, head"),
     ],
 )
 def test_bad_options_are_named(params, make, message):

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from gpart_jax import requirements
 from gpart_jax.adapter import Adapter
+from gpart_jax.methods import from_spec
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -113,7 +114,7 @@ def test_pip_shows_the_licence(clean):
 def test_the_command_inspects_without_flax_and_says_what_else_needs_it(clean, tmp_path):
     params = {"kernel": np.ones((8, 8), np.float32)}
     spec = {"name": "gpart", "d": 16, "seed": 1, "targets": "kernel"}
-    Adapter.of(spec, {"theta": np.ones(16, np.float32)}, params).save(tmp_path / "a")
+    Adapter.of(from_spec(spec), {"theta": np.ones(16, np.float32)}, params).save(tmp_path / "a")
     done = run(clean, "gpart-adapter", "inspect", tmp_path / "a")
     assert done.returncode == 0 and "gpart, 16 trained numbers" in done.stdout, done.stderr
     done = run(clean, "gpart-adapter", "merge", tmp_path / "a", "base", "merged")

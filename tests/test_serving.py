@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gpart_jax import serving
 from gpart_jax.adapter import Adapter
+from gpart_jax.methods import from_spec
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
 
@@ -47,7 +48,7 @@ def adapter(seed, spec, frozen, head):
     if head:
         leaves = {"classifier/kernel": (16, 2), "classifier/bias": (2,)}
         trainable["head"] = {path: random.standard_normal(shape).astype(np.float32) for path, shape in leaves.items()}
-    return Adapter.of(spec, trainable, frozen, head)
+    return Adapter.of(from_spec(spec, head), trainable, frozen)
 
 
 @functools.cache

@@ -1,8 +1,7 @@
 """The artifact of fine-tuning: what was trained, how to apply it, and what it belongs to.
 
-adapter = Adapter.of(spec, trainable, params, head_targets)      # of a method as plain data, and what it trained
-adapter.save("adapter.safetensors")
-adapter = load("adapter.safetensors")
+save_adapter("adapter.safetensors", method, trainable, params)   # a method, what it trained, and the frozen model
+adapter = load_adapter("adapter.safetensors")
 params = adapter.apply(params)                                   # or an error that says what differs
 merged = adapter.merge(params, jnp.bfloat16)                     # merged.params; what the rounding cost
 
@@ -10,12 +9,12 @@ merged = adapter.merge(params, jnp.bfloat16)                     # merged.params
 """
 
 import dataclasses
-import inspect
 import logging
 import math
 import operator
 import os
 import re
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from jax.typing import DTypeLike
 from gpart_jax import sharding
 from gpart_jax.adapter import file
 from gpart_jax.adapter.fingerprint import base_fingerprint
-from gpart_jax.methods import METHODS, Method, from_spec
+from gpart_jax.methods import Method, from_spec
 from gpart_jax.partition import SIGNED_MAGNITUDE
 from gpart_jax.targets import (
     Layout,
@@ -47,7 +46,6 @@ _BELONGS = {  # what must agree before an adapter may be applied, and how to say
     "layout": "canonical layout (which weights are adapted, their shapes and order)",
     "base": "base model's weights",
 }
-_LINEAR = ("gpart", "fastfood", "bitfit", "head", "full")  # what is trained enters the weights linearly
 _FREE = ("dropout", "init_bound")  # options of a method that don't matter once it is trained
 
 
@@ -101,7 +99,7 @@ class Adapter:
     @classmethod
     def of(
         cls,
-        spec: dict,
+        method: Method | dict,
         trainable: PyTree,
         params: PyTree,
         head_targets: Targets = None,
@@ -110,15 +108,25 @@ class Adapter:
         """What was trained on `params`. Under several processes all call it.
 
         Args:
-          spec: the method as plain data, {"name": "gpart", "d": 4096, "seed": 42, ...}; targets may be a `Layout` too.
+          method: that trained it. As plain data with `head_targets` it is deprecated, for nobody then knows that it did.
           trainable: the trained pytree of that method.
           params: the frozen model it was trained on.
+          metadata: anything of yours that JSON can hold.
+
+        Raises:
+          ValueError: a trainable that isn't the method's on these params, or a chain that an adapter can't hold.
         """
-        options = inspect.signature(METHODS[spec["name"]]).parameters.values()
-        defaults = {option.name: option.default for option in options if option.default is not option.empty}
-        spec = defaults | dict(spec)  # written out, so that a later change of a default changes no adapter
+        if isinstance(method, dict):
+            warnings.warn("Pass the Method that trained this, instead of plain data.", DeprecationWarning, stacklevel=2)
+            method = from_spec(method, head_targets)
+        if method.name == "chain":
+            raise ValueError("An adapter holds one method, and a head beside it: chain(method, head(...)).")
+        wanted = _shapes(jax.eval_shape(method.init, params, jax.random.key(0)))
         tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(sharding.fetch(trainable))}
-        return cls(spec, tensors, head_targets, **_identity(spec, head_targets, params), metadata=metadata or {})
+        if wanted != (found := _shapes(tensors)):
+            raise ValueError(f"{method.name!r} trains {wanted} on these params, but the trainable is {found}.")
+        spec = {"name": method.name} | method.options
+        return cls(spec, tensors, method.head_targets, **_identity(spec, method.head_targets, params), metadata=metadata or {})
 
     @property
     def theta(self) -> np.ndarray:
@@ -158,7 +166,7 @@ class Adapter:
         Raises:
           ValueError: it was made for another model or layout, or is none that its method makes; says what differs.
         """
-        stored = {name: array.shape for name, array in self.tensors.items()}
+        stored = _shapes(self.tensors)
         if "d" in self.method and stored.get("theta") != (self.method["d"],):
             # First of all, since what a wrong d asks for may not fit into memory.
             d = str(self.method["d"])[:40]
@@ -175,7 +183,7 @@ class Adapter:
                     f"The adapter was trained on another model: the {meaning} is {getattr(self, field)} there and "
                     f"{found[field]} here. Load the base model that it was trained on."
                 )
-        wanted = {name: leaf.shape for name, leaf in named_leaves(shapes)}
+        wanted = _shapes(shapes)
         if wanted != stored:
             raise ValueError(f"The adapter is damaged: its tensors should be {wanted}, but are {stored}.")
         return method, replace_leaves(shapes, {name: jnp.asarray(array) for name, array in self.tensors.items()})
@@ -264,8 +272,11 @@ class Adapter:
         return float(np.linalg.norm(self.theta.astype(np.float64)))
 
 
-def load(path: str | os.PathLike) -> Adapter:
+def load_adapter(path: str | os.PathLike, params: PyTree = None) -> Adapter:
     """Reads a file that `Adapter.save` wrote.
+
+    Args:
+      params: deprecated; gives `load_adapter(path).on(params)`.
 
     Raises:
       FileNotFoundError: no such file.
@@ -275,7 +286,14 @@ def load(path: str | os.PathLike) -> Adapter:
     method = dict(fields["method"])
     if isinstance(method.get("targets"), dict):
         method["targets"] = _from_plain(method["targets"], path)
-    return Adapter(method, tensors, *(fields[name] for name in ("head_targets", "n", "layout", "base", "metadata")))
+    adapter = Adapter(method, tensors, *(fields[name] for name in ("head_targets", "n", "layout", "base", "metadata")))
+    if params is None:
+        return adapter
+    warnings.warn("load_adapter(path, params) is now load_adapter(path).on(params).", DeprecationWarning, stacklevel=2)
+    return adapter.on(params)  # type: ignore[return-value]
+
+
+load = load_adapter  # its name until 0.3
 
 
 def distance(a: Adapter, b: Adapter) -> float:
@@ -306,7 +324,7 @@ def average(adapters: list[Adapter], weights: list[float] | None = None) -> Adap
     first, *others = adapters
     for other in others:
         check_shared(first, other)
-    if first.method["name"] not in _LINEAR:
+    if not from_spec(first.method, first.head_targets).linear:
         raise ValueError(
             f"The mean of {first.method['name']!r} adapters isn't the mean of their models. Merge them first."
         )
@@ -335,19 +353,14 @@ def check_shared(a: Adapter, b: Adapter) -> None:
 
 
 def save_adapter(
-    path: str | os.PathLike, spec: dict, trainable: PyTree, params: PyTree, head_targets: Targets = None
+    path: str | os.PathLike, method: Method | dict, trainable: PyTree, params: PyTree, head_targets: Targets = None
 ) -> None:
-    """`Adapter.of(...).save(path)`."""
-    Adapter.of(spec, trainable, params, head_targets).save(path)
+    """`Adapter.of(method, trainable, params).save(path)`."""
+    Adapter.of(method, trainable, params, head_targets).save(path)
 
 
-def load_adapter(path: str | os.PathLike, params: PyTree) -> tuple[Method, dict]:
-    """`load(path).on(params)`, with the path in what it raises."""
-    adapter = load(path)
-    try:
-        return adapter.on(params)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in named_leaves(tree)}
 
 
 def _identity(spec: dict, head_targets: Targets, params) -> dict:

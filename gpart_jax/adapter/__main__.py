@@ -22,7 +22,7 @@ import sys
 import numpy as np
 
 from gpart_jax import adapter as artifact
-from gpart_jax.adapter import Adapter
+from gpart_jax.adapter import Adapter, load_adapter
 from gpart_jax.targets import Layout
 
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _inspect(file: str) -> int:
-    adapter = artifact.load(file)
+    adapter = load_adapter(file)
     numbers = sum(array.size for array in adapter.tensors.values())
     print(f"{file}: {adapter.method['name']}, {numbers:,} trained numbers, {pathlib.Path(file).stat().st_size:,} bytes")
     rows = {name: value for name, value in adapter.method.items() if name != "name"}
@@ -81,7 +81,7 @@ def _inspect(file: str) -> int:
 def _check(file: str, base: str) -> int:
     from gpart_jax.interop import huggingface
 
-    adapter = artifact.load(file)
+    adapter = load_adapter(file)
     _, params = huggingface.load_base(base, adapter)
     adapter.on(params)
     print(f"{file} is whole and belongs to {base}: {adapter.n:,} adapted weights, base model {adapter.base}.")
@@ -91,7 +91,7 @@ def _check(file: str, base: str) -> int:
 def _merge(file: str, base: str, directory: str, dtype: str | None) -> int:
     from gpart_jax.interop import huggingface
 
-    adapter = artifact.load(file)
+    adapter = load_adapter(file)
     model, params = huggingface.load_base(base, adapter)
     merged = adapter.merge(params, dtype)
     huggingface.export(directory, model, merged.params, tokenizer=base)
@@ -102,7 +102,7 @@ def _merge(file: str, base: str, directory: str, dtype: str | None) -> int:
 
 
 def _diff(file: str, other: str) -> int:
-    a, b = artifact.load(file), artifact.load(other)
+    a, b = load_adapter(file), load_adapter(other)
     artifact.check_shared(a, b)
     same = True
     for name, mine in a.tensors.items():
@@ -122,7 +122,7 @@ def _diff(file: str, other: str) -> int:
 def _to_peft(file: str, base: str, directory: str) -> int:
     from gpart_jax.interop import huggingface, peft
 
-    adapter = artifact.load(file)
+    adapter = load_adapter(file)
     peft.write(directory, adapter, *huggingface.load_base(base, adapter), base_model=base)
     print(f"{directory} holds {file} as a PEFT checkpoint.")
     return 0

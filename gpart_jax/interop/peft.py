@@ -29,6 +29,7 @@ from flax import linen as nn
 
 from gpart_jax import sharding
 from gpart_jax.adapter import Adapter
+from gpart_jax.methods import from_spec
 from gpart_jax.models import pretrained, pretrained_decoder
 from gpart_jax.models.storage import replace
 from gpart_jax.targets import Layout, Leaf, PyTree, named_leaves
@@ -138,7 +139,7 @@ def read(directory: str | os.PathLike, model: nn.Module, params: PyTree) -> Adap
     }  # fmt: skip
     trainable = {"theta": np.asarray(theta, np.float32)} | ({"head": head} if head else {})
     head_targets = [f"^{re.escape(path)}$" for path in head] or None
-    return Adapter.of(spec, trainable, params, head_targets, {"peft": stored})
+    return Adapter.of(from_spec(spec, head_targets), trainable, params, metadata={"peft": stored})
 
 
 def write(

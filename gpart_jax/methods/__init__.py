@@ -5,27 +5,15 @@ trainable = method.init(params, key)             # a dict of small pytrees: what
 params = method.apply(params, trainable, key)    # the adapted model; a key turns on dropout
 """
 
-from collections.abc import Callable
-
 import jax
 
-from gpart_jax.methods.base import Method, chain
+from gpart_jax.methods.base import METHODS, Method, chain
 from gpart_jax.methods.fastfood import fastfood
 from gpart_jax.methods.gpart import gpart
 from gpart_jax.methods.leaves import bitfit, full, head
 from gpart_jax.methods.lora import lora, uni_lora, vera
 from gpart_jax.targets import PyTree, Targets
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "gpart": gpart,
-    "lora": lora,
-    "uni_lora": uni_lora,
-    "vera": vera,
-    "fastfood": fastfood,
-    "bitfit": bitfit,
-    "head": head,
-    "full": full,
-}
 __all__ = [
     "METHODS",
     "Method",
@@ -52,19 +40,19 @@ def from_spec(spec: dict, head_targets: Targets = None) -> Method:
     options = dict(spec)
     name = options.pop("name", None)
     if name not in METHODS:
-        raise ValueError(f"Unknown method {name!r}. Choose one of {', '.join(METHODS)}.")
-    if name == "head":
-        options.setdefault("targets", head_targets)
-        head_targets = None
-    elif name == "full":
-        head_targets = None  # already among its leaves
-    elif name == "bitfit" and options.get("exclude") is None:
-        options["exclude"] = head_targets
+        raise ValueError(f"Unknown method {name!r}. Choose one of {', '.join(sorted(METHODS))}.")
+    if name == "head" and options.get("targets") is None:
+        options["targets"] = head_targets
+    without_head = name == "bitfit" and options.get("exclude") is None
     try:
-        method = METHODS[name](**options)
+        method = METHODS[name](**options | ({"exclude": head_targets} if without_head else {}))
     except TypeError as error:
         raise ValueError(f"Method {name!r} with options {options}: {error}.") from None
-    return method if head_targets is None else chain(method, head(head_targets))
+    if without_head:
+        method.options["exclude"] = None  # an adapter says so of a head that it names itself
+    if name == "full":
+        return method._replace(head_targets=head_targets)  # already among its leaves
+    return method if head_targets is None or name == "head" else chain(method, head(head_targets))
 
 
 def trained_numbers(trainable: PyTree) -> int:

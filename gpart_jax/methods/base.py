@@ -1,5 +1,7 @@
 """What a fine-tuning method is, and methods side by side."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,19 +27,47 @@ class Method(NamedTuple):
     tables(params) -> pytree: what the method's seed gives, such as a partition; neither trained nor saved. As an argument of
       `bind` it is one of the compiled program too; else it is made anew, and its arrays are constants there. Methods that
       differ in their seed alone have tables of one structure, and any one's `bind` takes any other's tables.
+    linear: whether what is trained enters the weights linearly, so that a mean of trainables gives the mean of the models.
+    name, options: what made it, with every option written out: what an adapter says of it. "chain" of methods that no adapter
+      can hold together.
+    head_targets: the leaves of a head that is trained beside it, or with it: no part of the base model.
     """
 
     init: Callable[[PyTree, jax.Array], dict]
     bind: Callable[..., Callable]
     tables: Callable[[PyTree], PyTree] = _none
+    linear: bool = False
+    name: str = "chain"
+    options: dict = {}
+    head_targets: Targets = None
 
     def apply(self, params: Params, trainable: dict, key: jax.Array | None = None, tables: PyTree = None) -> Params:
         """The adapted params; a key turns on dropout on the delta."""
         return self.bind(params, trainable, key, False, tables)(params)
 
 
+METHODS: dict[str, Callable[..., Method]] = {}
+
+
+def registered(make: Callable[..., Method]) -> Callable[..., Method]:
+    """Enters a function that makes a method into METHODS; the method then carries its name and all of its options."""
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def named(*args, **options):
+        method, given = make(*args, **options), signature.bind(*args, **options)
+        given.apply_defaults()
+        return method._replace(name=make.__name__, options=dict(given.arguments))
+
+    METHODS[make.__name__] = named
+    return named
+
+
 def chain(*methods: Method) -> Method:
-    """Methods side by side: `chain(gpart(...), head("^classifier/"))` trains theta and the head. Applied in order."""
+    """Methods side by side: `chain(gpart(...), head("^classifier/"))` trains theta and the head. Applied in order.
+
+    A method and a head together are still called by the method's name.
+    """
 
     def init(params, key):
         trainable: dict = {}
@@ -63,7 +93,12 @@ def chain(*methods: Method) -> Method:
 
         return adapt
 
-    return Method(init, bind, make_tables)
+    linear = all(method.linear for method in methods)
+    if len(methods) == 2 and methods[1].name == "head" and methods[0].name != "chain":
+        return methods[0]._replace(
+            init=init, bind=bind, tables=make_tables, linear=linear, head_targets=methods[1].options["targets"]
+        )
+    return Method(init, bind, make_tables, linear)
 
 
 def layer_of(tree: Params, layer: int | jax.Array | None) -> Params:

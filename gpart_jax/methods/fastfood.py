@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpart_jax import uint64
-from gpart_jax.methods.base import Method, adding, one_of
+from gpart_jax.methods.base import Method, adding, one_of, registered
 from gpart_jax.partition import seed_to_int
 from gpart_jax.targets import Leaf, Targets, canonical_layout
 
 
+@registered
 def fastfood(d: int, seed: int = 0, *, targets: Targets = None, stacked: str | None = None) -> Method:
     """W = W0 + P theta with the dense P of Fastfood (Le et al., ICML 2013; for fine-tuning: arXiv 2012.13255, section 3).
 
@@ -58,7 +59,7 @@ def fastfood(d: int, seed: int = 0, *, targets: Targets = None, stacked: str | N
 
         return adding(deltas)
 
-    return Method(init, bind, make_tables)
+    return Method(init, bind, make_tables, linear=True)
 
 
 def _expand(leaf: Leaf, layer, key, theta):

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from gpart_jax import transform
-from gpart_jax.methods.base import Method
+from gpart_jax.methods.base import Method, registered
 from gpart_jax.partition import Partition, make_partition, regions_of
 from gpart_jax.sharding import tensor_axis
 from gpart_jax.targets import Layout, Targets, canonical_layout, named_leaves
 
 
+@registered
 def gpart(
     d: int,
     seed: int = 0,
@@ -58,4 +59,4 @@ def gpart(
         split = {leaf.path: tensor_axis(leaves[leaf.path]) for leaf in partition.layout.leaves} if on_mesh else None
         return transform.bind(partition, trainable["theta"], dropout, key if dropout else None, split)
 
-    return Method(init, bind, make_tables)
+    return Method(init, bind, make_tables, linear=True)

@@ -2,19 +2,21 @@
 
 import jax.numpy as jnp
 
-from gpart_jax.methods.base import Method, layer_of, one_of
+from gpart_jax.methods.base import Method, layer_of, one_of, registered
 from gpart_jax.targets import Targets, named_leaves, replace_leaves, select
 
 
+@registered
 def head(targets: Targets) -> Method:
     """Trains the targeted leaves themselves: a task head alone, or beside another method through `chain`.
 
     Returns:
       A `Method` that trains {"head": {path: array}}, starting from the values in params.
     """
-    return _leaves("head", targets)
+    return _leaves("head", targets)._replace(head_targets=targets)
 
 
+@registered
 def full(targets: Targets = None) -> Method:
     """Full fine-tuning: trains every floating-point leaf, or the targeted ones.
 
@@ -24,6 +26,7 @@ def full(targets: Targets = None) -> Method:
     return _leaves("params", targets)
 
 
+@registered
 def bitfit(targets: Targets = r"(^|/)bias$", exclude: Targets = None) -> Method:
     """BitFit: trains every bias, those of norms included (Ben Zaken et al., arXiv 2106.10199).
 
@@ -55,4 +58,4 @@ def _leaves(name: str, targets: Targets, exclude: Targets = None) -> Method:
 
         return adapt
 
-    return Method(init, bind)
+    return Method(init, bind, linear=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpart_jax import transform, uint64
-from gpart_jax.methods.base import Method, adding, layer_of, matrices, one_of
+from gpart_jax.methods.base import Method, adding, layer_of, matrices, one_of, registered
 from gpart_jax.partition import make_partition, seed_to_int
 from gpart_jax.targets import Targets, canonical_layout
 
@@ -30,6 +30,7 @@ def _products(factors: dict, scale: float):
     return deltas
 
 
+@registered
 def lora(rank: int, alpha: float | None = None, *, targets: Targets = None) -> Method:
     """LoRA: W = W0 + (alpha / rank) A B, A (in, rank) and B (rank, out) (Hu et al., arXiv 2106.09685, section 4.1).
 
@@ -63,6 +64,7 @@ def lora(rank: int, alpha: float | None = None, *, targets: Targets = None) -> M
     return Method(init, bind)
 
 
+@registered
 def uni_lora(
     d: int,
     rank: int = 4,
@@ -126,6 +128,7 @@ def uni_lora(
     return Method(init, bind, make_tables)
 
 
+@registered
 def vera(rank: int, seed: int = 0, *, targets: Targets = None, d_initial: float = 0.1) -> Method:
     """VeRA: W = W0 + (A diag(d)) (B diag(b)), A and B random and shared by all matrices (arXiv 2310.11454, section 3).
 

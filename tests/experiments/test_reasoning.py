@@ -70,7 +70,7 @@ def test_a_decoder_trains_and_what_it_saves_has_that_loss(tiny_llama, tmp_path):
     assert len(rows) == 24 and weighted == pytest.approx(results["test"], rel=1e-6)
     assert all(row["tokens"] == len(row["text"]) + 1 for row in rows)  # and the end of the sequence
 
-    method, trainable = load_adapter(tmp_path / "run" / "adapter.safetensors", experiment.params)
+    method, trainable = load_adapter(tmp_path / "run" / "adapter.safetensors").on(experiment.params)
     params = jax.jit(method.apply)(experiment.params, trainable)
     example = experiment.task.test[0]
     ids = jnp.array(example["input_ids"])[None]

@@ -22,8 +22,8 @@ def make_run(make_config, tmp_path):
         config.seed = seed
         config.method.update(options)
         experiment = evaluate.build(config)
-        spec = config.method.to_dict()
-        like = from_spec(spec, config.head_targets).init(experiment.params, jax.random.key(seed))
+        trained = from_spec(config.method.to_dict(), config.head_targets)
+        like = trained.init(experiment.params, jax.random.key(seed))
         leaves, tree = jax.tree.flatten(like)
         random = np.random.default_rng(seed)
         learned = tree.unflatten([leaf + 0.3 * random.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
@@ -32,7 +32,7 @@ def make_run(make_config, tmp_path):
         (workdir / "config.json").write_text(config.to_json())
         results = {"method": method, "seed": seed, "task": task, "metric": "accuracy", "test": 0.5}
         (workdir / "results.json").write_text(json.dumps(results))
-        save_adapter(workdir / "adapter.safetensors", spec, learned, experiment.params, config.head_targets)
+        save_adapter(workdir / "adapter.safetensors", trained, learned, experiment.params)
         return report.find_runs(workdir)[0], experiment
 
     return make
@@ -78,12 +78,12 @@ def test_the_centre_has_the_loss_of_what_was_learned(make_run, tmp_path):
     surface.draw(radius, found, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
-    theta = load_adapter(runs[0].workdir / "adapter.safetensors", experiments[0].params)[1]["theta"]
+    theta = load_adapter(runs[0].workdir / "adapter.safetensors").on(experiments[0].params)[1]["theta"]
     assert radius == pytest.approx(float(jnp.linalg.norm(theta)), rel=1e-4)  # as far as the first run moved
     for run, (model, params, task, _), (_, plane, losses) in zip(runs, experiments, found):
         examples = [task.test[row] for row in np.linspace(0, len(task.test) - 1, 64).astype(int)]
         batch = task.collate(examples)
-        method, trainable = load_adapter(run.workdir / "adapter.safetensors", params)
+        method, trainable = load_adapter(run.workdir / "adapter.safetensors").on(params)
 
         def loss(params):
             logits = jax.jit(model.apply)({"params": params}, batch["input_ids"], batch["attention_mask"])

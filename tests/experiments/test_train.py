@@ -118,7 +118,7 @@ def test_the_adapter_is_small_and_the_checkpoint_holds_no_frozen_weight(undistur
 
 def test_the_adapter_on_disk_scores_as_reported(undisturbed, config):
     experiment = evaluate.build(config)
-    method, trainable = load_adapter(undisturbed / "adapter.safetensors", experiment.params)
+    method, trainable = load_adapter(undisturbed / "adapter.safetensors").on(experiment.params)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     outputs = evaluate.outputs_of(experiment, method, trainable, mesh)
     logits = evaluate.predict(experiment.task, outputs, mesh, experiment.task.test, 100)

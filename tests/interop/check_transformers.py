@@ -20,6 +20,7 @@ def write(directory):
 
     from gpart_jax.adapter import Adapter
     from gpart_jax.interop import huggingface, peft
+    from gpart_jax.methods import from_spec
     from gpart_jax.models.vit import ViTClassifier, ViTConfig
 
     random = np.random.default_rng(0)
@@ -35,7 +36,7 @@ def write(directory):
     model = ViTClassifier(ViTConfig(64, 3, 4, 128, image_size=32, patch_size=8, initializer_range=0.2), 5)
     params = model.init(jax.random.key(0), jnp.zeros(model.config.example.shape))["params"]
     spec = {"name": "gpart", "d": 300, "seed": 1, "targets": "attention/(query|value)/kernel$"}
-    adapter = Adapter.of(spec, {"theta": random.standard_normal(300, np.float32)}, params)
+    adapter = Adapter.of(from_spec(spec), {"theta": random.standard_normal(300, np.float32)}, params)
     merged = adapter.merge(params).params
     huggingface.export(directory / "vit", model, merged)
     images = random.standard_normal((3, 32, 32, 3), np.float32)
@@ -45,7 +46,7 @@ def write(directory):
 
     model, params = huggingface.load_base(DATA / "decoder" / "qwen2")
     spec = {"name": "gpart", "d": 300, "seed": 1, "targets": "^layers/.*kernel$", "stacked": "^layers"}
-    adapter = Adapter.of(spec, {"theta": random.standard_normal(300, np.float32)}, params)
+    adapter = Adapter.of(from_spec(spec), {"theta": random.standard_normal(300, np.float32)}, params)
     merged = adapter.merge(params, jnp.float32).params
     huggingface.export(directory / "qwen2", model, merged)
     ids = random.integers(0, model.config.vocab_size, (2, 7))

@@ -16,6 +16,7 @@ from gpart_jax import adapter as artifact
 from gpart_jax import sharding
 from gpart_jax.adapter import Adapter
 from gpart_jax.interop import huggingface, peft
+from gpart_jax.methods import from_spec
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
 from gpart_jax.serving import Plan
@@ -41,14 +42,14 @@ def job(directory, mesh):
     head = {path: leaf + 1 for path, leaf in named_leaves(host) if path.startswith("classifier/")}
     theta = random.standard_normal(300, np.float32)
     trainable = sharding.replicate({"theta": theta, "head": head}, mesh)
-    adapter = Adapter.of(spec, trainable, params, HEAD)
+    adapter = Adapter.of(from_spec(spec, HEAD), trainable, params)
     adapter.save(directory / "adapter.safetensors")
     artifact.load(directory / "adapter.safetensors").on(params)
     peft.write(directory / "peft", adapter, model, params)
     merged = adapter.merge(params, jnp.bfloat16)
     huggingface.export(directory / "model", model, merged.params, labels=("no", "yes"))
     full = {"params": {path: leaf for path, leaf in named_leaves(params)}}  # trained leaves that are sharded themselves
-    Adapter.of({"name": "full"}, full, params).save(directory / "full.safetensors")
+    Adapter.of(from_spec({"name": "full"}), full, params).save(directory / "full.safetensors")
     return model, host, adapter, merged
 
 
@@ -92,6 +93,7 @@ import pathlib, sys
 from experiments import processes
 processes.join(timeout=60)
 from gpart_jax import sharding
+from gpart_jax.methods import from_spec
 from tests.interop.test_huggingface import job
 job(pathlib.Path(sys.argv[1]), sharding.make_mesh({"fsdp": 2, "tensor": 2}))
 """
@@ -136,7 +138,7 @@ def test_a_merged_decoder_comes_back_in_its_dtype(tmp_path):
     model, params = huggingface.load_base(source)
     spec = {"name": "gpart", "d": 300, "seed": 1, "scheme": "splitmix64"}
     spec["targets"] = peft.layout(model, params, ["q_proj", "v_proj", "down_proj"], bias=True)
-    adapter = Adapter.of(spec, {"theta": np.ones(300, np.float32)}, params)
+    adapter = Adapter.of(from_spec(spec), {"theta": np.ones(300, np.float32)}, params)
     peft.write(tmp_path / "peft", adapter, model, params)
     np.testing.assert_array_equal(peft.read(tmp_path / "peft", model, params).theta, adapter.theta)
     for dtype in ("float32", "bfloat16"):

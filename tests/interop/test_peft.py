@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from gpart_jax import adapter as artifact
 from gpart_jax.adapter import Adapter
 from gpart_jax.interop import huggingface, peft
+from gpart_jax.methods import from_spec
 from gpart_jax.models import pretrained, storage
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
@@ -125,7 +126,7 @@ def test_an_adapter_trained_here_is_written_with_the_shortest_names(tmp_path):
     for modules, bias in ((["query", "value"], False), (["attention.output.dense"], True), (["query", "dense"], False)):
         spec = {"name": "gpart", "d": 9, "seed": 5, "scheme": "splitmix64"}
         spec["targets"] = peft.layout(model, params, modules, bias=bias)
-        adapter = Adapter.of(spec, {"theta": np.arange(9, dtype=np.float32)}, params)
+        adapter = Adapter.of(from_spec(spec), {"theta": np.arange(9, dtype=np.float32)}, params)
         peft.write(tmp_path, adapter, model, params, "org/base")
         config = json.loads((tmp_path / peft.CONFIG).read_text())
         assert config["bias"] == ("all" if bias else "none") and config["base_model_name_or_path"] == "org/base"
@@ -188,19 +189,19 @@ def test_what_their_release_does_not_have_cannot_be_written(tmp_path):
     spec = {"name": "gpart", "d": 9, "seed": 5, "targets": peft.layout(model, params, ["query"])}
     theta = {"theta": np.zeros(9, np.float32)}
     with pytest.raises(ValueError, match="has no scheme 'balanced-v1', but 'splitmix64'"):
-        peft.write(tmp_path, Adapter.of(spec, theta, params), model, params)
+        peft.write(tmp_path, Adapter.of(from_spec(spec), theta, params), model, params)
     spec |= {"scheme": "splitmix64", "scope": "block"}
     with pytest.raises(ValueError, match="has no scope 'block'"):
-        peft.write(tmp_path, Adapter.of(spec, theta, params), model, params)
+        peft.write(tmp_path, Adapter.of(from_spec(spec), theta, params), model, params)
     spec |= {"scope": "global", "targets": "query/kernel$"}
     with pytest.raises(ValueError, match="not numbered as their release does"):
-        peft.write(tmp_path, Adapter.of(spec, theta, params), model, params)
+        peft.write(tmp_path, Adapter.of(from_spec(spec), theta, params), model, params)
     spec["targets"] = peft.layout(model, params, ["query"])
     head = {"head": {"classifier/kernel": np.zeros((8, 2), np.float32)}}
     with pytest.raises(ValueError, match="only some leaves: .'classifier/bias'"):
-        peft.write(tmp_path, Adapter.of(spec, theta | head, params, "^classifier/kernel$"), model, params)
+        peft.write(tmp_path, Adapter.of(from_spec(spec, "^classifier/kernel$"), theta | head, params), model, params)
     kernel = "layer_1/attention/query/kernel"
     other = replace_leaves(params, {kernel: 1 + dict(named_leaves(params))[kernel]})
     with pytest.raises(ValueError, match="trained on another model"):
-        peft.write(tmp_path, Adapter.of(spec, theta, params), model, other)
+        peft.write(tmp_path, Adapter.of(from_spec(spec), theta, params), model, other)
     assert not list(tmp_path.iterdir())
