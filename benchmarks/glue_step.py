@@ -62,8 +62,8 @@ def main(_):
     seconds = []
     for number in range(steps):
         start = time.perf_counter()
-        trainable, state, loss = compiled(trainable, state, *rest, number, tables)
-        loss, norm = float(loss), float(optax.global_norm(trainable))
+        trainable, state, numbers = compiled(trainable, state, *rest, number, tables)
+        loss, norm = float(numbers["loss"]), float(optax.global_norm(trainable))
         seconds.append(time.perf_counter() - start)
         print(f"step {number}: loss {loss:.4f}, norm of what is trained {norm:.3e}, {seconds[-1]:.3f} s", flush=True)
     print(f"median {statistics.median(seconds):.3f} s a step")

@@ -61,8 +61,8 @@ def model_rates(config, steps: int) -> list[float]:
     rates = []
     for number in range(steps + 1):
         start = time.perf_counter()
-        trainable, state, loss = compiled(trainable, state, *rest, number, tables)
-        loss.block_until_ready()
+        trainable, state, numbers = compiled(trainable, state, *rest, number, tables)
+        numbers["loss"].block_until_ready()
         rates.append(config.train.batch_size / (time.perf_counter() - start))
     return rates[1:]
 

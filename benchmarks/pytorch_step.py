@@ -185,8 +185,8 @@ def jax_steps(model, params, batch: dict, d: int) -> dict[str, Step]:
 
         def step():
             nonlocal state
-            *state, value = jax.block_until_ready(train_step(*state, frozen, batch, key, 0, tables))
-            return float(value)
+            *state, numbers = jax.block_until_ready(train_step(*state, frozen, batch, key, 0, tables))
+            return float(numbers["loss"])
 
         return step
 

@@ -11,6 +11,8 @@ Device:   base and large: one GPU or TPU. minilm: two CPU cores, minutes.
 
 import ml_collections
 
+from configs import common
+
 MODELS = {
     "base": "FacebookAI/roberta-base",
     "large": "FacebookAI/roberta-large",
@@ -38,7 +40,6 @@ LORA_EPOCHS = {"cola": 80, "sst2": 60, "mrpc": 30, "qnli": 25, "rte": 80, "stsb"
 SMALL = {"sst2": (3, 5e-3, 1e-3), "rte": (3, 5e-3, 1e-3)}  # minilm, all methods: sst2 as the authors ran it, rte ours
 UNI_LORA_HEAD_LR = {"cola": 5e-3, "sst2": 1e-4, "mrpc": 2e-2, "qnli": 2e-4, "rte": 5e-4, "stsb": 2e-4}  # of base
 OURS = {"vera": 5e-3, "fastfood": 5e-3, "bitfit": 1e-3, "full": 2e-5}  # learning rates where no recipe is at hand
-METHODS = ("gpart", "lora", "uni_lora", "vera", "fastfood", "bitfit", "head", "full")
 
 
 def get_config(arguments: str = "sst2") -> ml_collections.ConfigDict:
@@ -81,44 +82,21 @@ def get_config(arguments: str = "sst2") -> ml_collections.ConfigDict:
         config.task.train_examples = 4096
 
     attention = r"attention/(query|value)/kernel$"
-    config.method = ml_collections.ConfigDict(
-        {
-            "gpart": dict(
-                name="gpart",
-                d=23_040,
-                targets=attention,
-                scheme="balanced-v1",
-                scope="global",
-                isometric=True,
-                dropout=0.1,
-                init_bound=0.0,
-            ),
-            "lora": dict(name="lora", rank=8, alpha=8, targets=attention),  # the authors' also drops 10 % of its input
-            "uni_lora": dict(
-                name="uni_lora", d=23_040, rank=4, alpha=4, targets=attention, init_bound=0.02
-            ),  # the same
-            "vera": dict(name="vera", rank=256, targets=attention),
-            "fastfood": dict(name="fastfood", d=23_040, targets=attention),
-            "bitfit": dict(name="bitfit"),
-            "head": dict(name="head"),
-            "full": dict(name="full"),
-        }[method]
-    )
-    if method in ("gpart", "uni_lora", "vera", "fastfood"):
+    # The authors' GPart drops 10 % of P theta's entries, and their LoRA and Uni-LoRA of what goes into the factors.
+    changes = {"dropout": 0.1} if method in ("gpart", "lora", "uni_lora") else {}
+    config.method = common.method(method, attention, 23_040, **changes)
+    if common.has_seed(method):
         config.method.seed = config.get_oneway_ref("seed")  # an override of one leaves the other its own
     config.head_targets = "^classifier/"  # trained beside the method, with its own learning rate
 
-    config.train = ml_collections.ConfigDict()
-    config.train.epochs = epochs
-    config.train.batch_size = 32
-    config.train.accumulate = 1  # parts of a batch that go through the model one after another, to need less memory
-    config.train.eval_batch_size = 64
-    config.train.log_every = 50  # steps
-    config.train.checkpoint_every = 500  # steps
-    config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
-    config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
-    # A folder for compiled programs, which the next run finds there; None: ~/.cache/gpart_jax/compiled, or what JAX was told; "": none.
-    config.train.compiled = ml_collections.config_dict.placeholder(str)
+    config.train = common.train(
+        epochs=epochs,
+        batch_size=32,
+        accumulate=1,  # parts of a batch that go through the model one after another, to need less memory
+        eval_batch_size=64,
+        log_every=50,  # steps
+        checkpoint_every=500,  # steps
+    )
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = lr  # peak, of all but the head
@@ -134,10 +112,10 @@ def _parse(arguments: str) -> tuple[str, str, str]:
     task, *rest = arguments.split(",")
     chosen = {"size": "base", "method": "gpart"}
     for word in rest:
-        kind = "size" if word in MODELS else "method" if word in METHODS else None
+        kind = "size" if word in MODELS else "method" if word in common.METHODS else None
         if kind is None:
             raise ValueError(
-                f"configs/glue.py: {word!r} is neither a size ({', '.join(MODELS)}) nor a method ({', '.join(METHODS)})."
+                f"configs/glue.py: {word!r} is neither a size ({', '.join(MODELS)}) nor a method ({', '.join(common.METHODS)})."
             )
         chosen[kind] = word
     tasks = SMALL if chosen["size"] == "minilm" else LORA_EPOCHS

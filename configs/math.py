@@ -14,6 +14,8 @@ Device:   7B and 8B: see docs/meshes.md for what fits. smollm2: two CPU cores.
 
 import ml_collections
 
+from configs import common
+
 MODELS = {  # directory, hub name or package; d
     "llama31_8b": ("meta-llama/Llama-3.1-8B", 524_288),
     "gemma_7b": ("google/gemma-7b", 524_288),
@@ -53,33 +55,27 @@ def get_config(arguments: str = "qwen25_05b") -> ml_collections.ConfigDict:
     config.task.packed = False  # whether short texts share rows of max_length tokens: then a batch is so many rows, with little padding
     config.task.lengths = ml_collections.config_dict.placeholder(tuple)  # of batches, in tokens, such as (512, 2048); None: some 16
     config.task.train_examples = ml_collections.config_dict.placeholder(int)  # the first so many; None: all
+    config.task.validation_examples = ml_collections.config_dict.placeholder(int)  # whose loss chooses the epoch; None: the last one
     config.task.test_examples = 500  # whose loss is the test
     if data == "metamathqa":
         config.task.source = "meta-math/MetaMathQA"  # its JSON file, or its hub name
     config.task.data_dir = ml_collections.config_dict.placeholder(str)  # of gsm8k; None: TFDS's own
 
     attention = r"attention/(query|key|value|out)/kernel$"
-    config.method = ml_collections.ConfigDict(
-        {
-            "gpart": dict(name="gpart", d=d, targets=attention, scheme="balanced-v1", dropout=0.05, stacked="^layers"),
-            "lora": dict(name="lora", rank=8, alpha=8, targets=attention),  # rank and scale are ours
-        }[method]
-    )
-    if method == "gpart":
+    changes = {"dropout": 0.05, "stacked": "^layers"} if method == "gpart" else {}  # LoRA's rank and scale are ours
+    config.method = common.method(method, attention, d, **changes)
+    if common.has_seed(method):
         config.method.seed = config.get_oneway_ref("seed")  # an override of one leaves the other its own
     config.head_targets = ml_collections.config_dict.placeholder(str)  # no head is trained
 
-    config.train = ml_collections.ConfigDict()
-    config.train.epochs = 2 if not small else 1
-    config.train.batch_size = 16
-    config.train.accumulate = 1  # parts of a batch that go through the model one after another, to need less memory
-    config.train.eval_batch_size = 16
-    config.train.log_every = 50  # steps
-    config.train.checkpoint_every = 500  # steps
-    config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
-    config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
-    # A folder for compiled programs, which the next run finds there; None: ~/.cache/gpart_jax/compiled, or what JAX was told; "": none.
-    config.train.compiled = ml_collections.config_dict.placeholder(str)
+    config.train = common.train(
+        epochs=2 if not small else 1,
+        batch_size=16,
+        accumulate=1,  # parts of a batch that go through the model one after another, to need less memory
+        eval_batch_size=16,
+        log_every=50,  # steps
+        checkpoint_every=500,  # steps
+    )
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = 2e-4 if not small else 5e-3  # peak; small: ours, for some hundreds of steps

@@ -9,6 +9,8 @@ Device:   two CPU cores.
 
 import ml_collections
 
+from configs import common
+
 LR = {  # chosen by hand; none but gpart's was searched
     "gpart": 1e-2, "lora": 1e-3, "uni_lora": 1e-2, "vera": 1e-2, "fastfood": 1e-2, "bitfit": 1e-3, "head": 0.0,
     "full": 1e-4,
@@ -31,39 +33,19 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
     config.task.max_length = 16  # tokens
 
     attention = r"attention/(query|value)/kernel$"  # 12 matrices of 384 x 384, N = 1,769,472
-    config.method = ml_collections.ConfigDict(
-        {
-            "gpart": dict(
-                name="gpart",
-                d=4096,
-                seed=42,
-                targets=attention,
-                scheme="balanced-v1",
-                scope="global",
-                isometric=True,
-                dropout=0.0,
-                init_bound=0.0,
-            ),
-            "lora": dict(name="lora", rank=8, alpha=8, targets=attention),
-            "uni_lora": dict(name="uni_lora", d=4096, rank=4, alpha=4, seed=42, targets=attention, init_bound=0.02),
-            "vera": dict(name="vera", rank=256, seed=42, targets=attention),
-            "fastfood": dict(name="fastfood", d=4096, seed=42, targets=attention),
-            "bitfit": dict(name="bitfit"),
-            "head": dict(name="head"),
-            "full": dict(name="full"),
-        }[method]
-    )
+    config.method = common.method(method, attention, 4096)
+    if common.has_seed(method):
+        config.method.seed = 42
     config.head_targets = "^classifier/"  # trained beside the method, with its own learning rate
 
-    config.train = ml_collections.ConfigDict()
-    config.train.epochs = 3
-    config.train.batch_size = 32
-    config.train.accumulate = 1  # parts of a batch that go through the model one after another
-    config.train.eval_batch_size = 128
-    config.train.log_every = 20  # steps
-    config.train.checkpoint_every = 100  # steps
-    config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
-    config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
+    config.train = common.train(
+        epochs=3,
+        batch_size=32,
+        accumulate=1,  # parts of a batch that go through the model one after another
+        eval_batch_size=128,
+        log_every=20,  # steps
+        checkpoint_every=100,  # steps
+    )
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = LR[method]  # peak, of all but the head

@@ -14,6 +14,8 @@ Device:   base and large: one GPU or TPU. small: two CPU cores, minutes.
 
 import ml_collections
 
+from configs import common
+
 MODELS = {"base": "google/vit-base-patch16-224-in21k", "large": "google/vit-large-patch16-224-in21k"}
 RECIPE = {"base": (72_000, 64), "large": (144_000, 32)}  # d, images that go through the model at a time
 DATASETS = ("cifar10", "cifar100", "aircraft", "flowers102", "eurosat", "resisc45", "pets", "cars", "dtd", "folder")
@@ -58,43 +60,20 @@ def get_config(arguments: str = "digits") -> ml_collections.ConfigDict:
     config.task.workers = 0 if small else 8  # processes that decode images; 0: threads
 
     attention = r"attention/(query|value)/kernel$"
-    config.method = ml_collections.ConfigDict(
-        {
-            "gpart": dict(
-                name="gpart",
-                d=d,
-                targets=attention,
-                scheme="balanced-v1",
-                scope="global",
-                isometric=True,
-                dropout=0.0,
-                init_bound=0.0,
-            ),
-            "lora": dict(name="lora", rank=8, alpha=8, targets=attention),
-            "uni_lora": dict(name="uni_lora", d=d, rank=4, alpha=4, targets=attention, init_bound=0.02),
-            "vera": dict(name="vera", rank=256, targets=attention),
-            "fastfood": dict(name="fastfood", d=d, targets=attention),
-            "bitfit": dict(name="bitfit"),
-            "head": dict(name="head"),
-            "full": dict(name="full"),
-            "pretrain": dict(name="full"),
-        }[method]
-    )
-    if method in ("gpart", "uni_lora", "vera", "fastfood"):
+    config.method = common.method("full" if method == "pretrain" else method, attention, d)
+    if common.has_seed(method):
         config.method.seed = config.get_oneway_ref("seed")  # an override of one leaves the other its own
     config.head_targets = "^classifier/"  # trained beside the method, with its own learning rate
 
-    config.train = ml_collections.ConfigDict()
-    config.train.epochs = 20
-    config.train.accumulate = 1 if small else 4  # parts of a batch that go through the model one after another
-    config.train.batch_size = part * config.train.accumulate
-    config.train.eval_batch_size = 256
-    config.train.log_every = 20  # steps
-    config.train.checkpoint_every = 200  # steps
-    config.train.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
-    config.train.step_timeout = ml_collections.config_dict.placeholder(float)  # seconds for log_every steps; None: any
-    # A folder for compiled programs, which the next run finds there; None: ~/.cache/gpart_jax/compiled, or what JAX was told; "": none.
-    config.train.compiled = ml_collections.config_dict.placeholder(str)
+    parts = 1 if small else 4
+    config.train = common.train(
+        epochs=20,
+        batch_size=part * parts,
+        accumulate=parts,  # parts of a batch that go through the model one after another
+        eval_batch_size=256,
+        log_every=20,  # steps
+        checkpoint_every=200,  # steps
+    )
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.lr = LR[method]  # peak, of all but the head

@@ -1,11 +1,10 @@
-"""Which keys a config has. The values are checked where they are used."""
+"""Which keys a config has, and which of them make a run what it is. The values are checked where they are used."""
 
 import difflib
 import json
 
 import ml_collections
-
-from experiments.checkpoint import flatten
+from absl import app
 
 _KEYS = {  # None: a value, or a section that is checked by its user
     "seed": None,
@@ -19,8 +18,38 @@ _KEYS = {  # None: a value, or a section that is checked by its user
 }
 _OPTIONAL = {
     "model": {"attention", "dropout", "remat", "shape"},
-    "train": {"compiled", "export", "nonfinite", "step_timeout"},
+    "train": {"compiled", "export", "nonfinite", "patience", "profile", "step_timeout", "validate_every"},
 }
+
+
+# Keys that don't decide what is learned, but for rounding: they may change while a run is stopped. All others may not.
+OPERATIONAL = (
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.attention", "model.remat", "task.data_dir", "task.lengths", "task.workers",
+    "train.eval_batch_size", "train.log_every", "train.checkpoint_every", "train.nonfinite", "train.step_timeout",
+    "train.compiled", "train.export", "train.profile",
+)  # fmt: skip
+
+
+# What options that came later did before they came: no older run is another for lacking them.
+_BEFORE = {"method.apply": ("sum",), "method.dropout": (0.0,)}
+
+
+def identity(config: ml_collections.ConfigDict) -> dict:
+    """What makes a run what it is: the keys outside OPERATIONAL, such as {"method.d": 4096}, but for options that are off."""
+    flat = flatten(json.loads(config.to_json()))
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in OPERATIONAL and value not in (None, False, *_BEFORE.get(key, ()))
+    }
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"method": {"d": 4096}} -> {"method.d": 4096}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -60,3 +89,11 @@ def _check_keys(where: str, found: set[str], known: set[str]) -> None:
         raise ValueError(f"{where} has an unknown key {key!r}. {hint}")
     for key in sorted(known - found):
         raise ValueError(f"{where} lacks the key {key!r}. See configs/quickstart.py for a complete config.")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "data:16,tensor:4" -> {"data": 16, "tensor": 4}."""
+    try:
+        return {axis: int(size) for axis, size in (part.split(":") for part in text.split(","))}
+    except ValueError:
+        raise app.UsageError(f"--mesh={text} must look like data:16,tensor:4.") from None

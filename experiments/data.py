@@ -18,7 +18,7 @@ class Task(NamedTuple):
     validation: Sequence[dict]  # empty: there is none, and the last epoch is tested
     test: Sequence[dict]
     labels: tuple[str, ...] | None  # None: a regression
-    metrics: tuple[str, ...]  # of evaluate.METRICS; the first one chooses the epoch
+    metrics: tuple[str, ...]  # of metrics.METRICS; the first one chooses the epoch
     inputs: tuple[str, ...]  # what of a batch the model is given, where it is there
     collate: Callable[[list[dict]], dict[str, np.ndarray]]  # examples -> batch
     augment: Callable[[dict, np.random.Generator], dict] | None = None  # an example as training sees it this time
@@ -28,9 +28,19 @@ class Task(NamedTuple):
     workers: int = 0  # processes that make the training batches; 0: threads of this one
 
     @property
+    def language(self) -> bool:
+        """Whether the examples are texts to be learned, and so scored by their loss."""
+        return self.metrics == ("loss",)
+
+    @property
+    def better(self) -> int:
+        """1 where more of the first metric is better, else -1."""
+        return -1 if self.language else 1
+
+    @property
     def outputs(self) -> int:
-        """How many numbers a model has to give for an example."""
-        return 1 if self.labels is None else len(self.labels)
+        """How many numbers a model gives for an example; of a text to learn its loss, and the tokens that this is of."""
+        return 2 if self.language else 1 if self.labels is None else len(self.labels)
 
 
 def hold_out(examples: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -75,7 +85,7 @@ def train_batches(
         batch holds doesn't depend on their number.
 
     Returns:
-      An iterator of `task.collate`'s batches, whose position can be saved.
+      An iterator of `task.collate`'s batches, whose position can be saved; with "row", each example's place in the whole batch.
 
     Raises:
       ValueError: a batch size that is no multiple of the parts, or larger than the split.
@@ -89,11 +99,12 @@ def train_batches(
 
     def own_part(rows):
         batch = task.collate([task.train[row] for row in rows])  # of all, whose longest sets the length
-        return {name: array[part::parts] for name, array in batch.items()}
+        return {name: array[part::parts] for name, array in (batch | {"row": np.arange(len(rows))}).items()}
 
     def own_part_augmented(rows_and_seeds):  # reads and decodes no more than its own
         seeded = [(task.train[row], np.random.default_rng(seed)) for row, seed in rows_and_seeds[part::parts]]
-        return task.collate([task.augment(example, rng) for example, rng in seeded])
+        batch = task.collate([task.augment(example, rng) for example, rng in seeded])
+        return batch | {"row": np.arange(len(rows_and_seeds))[part::parts]}
 
     if task.bucketed:
         buckets = Buckets([task.size(example) for example in task.train], batch_size, seed)

@@ -21,8 +21,11 @@ def quiet() -> None:
 class Logger:
     """Use as a context manager. `workdir/metrics.jsonl` has one object a line, each with its step.
 
-    A run that goes on from a checkpoint first drops what was logged after that step, so that no step stands there twice.
-    Of several processes only the first logs anything. `show=False` leaves out the console.
+    A run that goes on from a checkpoint first drops what was logged after that step, and the validation there, which is made
+    again: no step stands there twice. Of several processes only the first logs anything. `show=False` leaves out the console.
+
+    Attributes:
+      last: the numbers logged last, by name.
     """
 
     def __init__(self, workdir: pathlib.Path, title: str, step: int, total_steps: int, show: bool = True):
@@ -31,7 +34,7 @@ class Logger:
         kept = []
         if path.exists():
             for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("\n") and json.loads(line)["step"] <= step:  # a killed run may leave half a line
+                if line.endswith("\n") and _before(json.loads(line), step):  # a killed run may leave half a line
                     kept.append(line)
         path.write_text("".join(kept))
         self._lines = path.open("a", buffering=1)
@@ -52,7 +55,7 @@ class Logger:
         )
         self._task = self._bar.add_task(title, total=total_steps, completed=step, status="")
         self._title = title
-        self._shown = {}
+        self.last: dict[str, float] = {}
 
     def __enter__(self):
         self._bar.start()
@@ -68,8 +71,9 @@ class Logger:
         self._lines.write(json.dumps({"step": step, **numbers}) + "\n")
         for name, number in numbers.items():
             self._tensorboard.add_scalar(name, number, step)
-        self._shown |= {name: number for name, number in numbers.items() if name.startswith(("loss", "validation"))}
-        self._bar.update(self._task, status="  ".join(f"{name} {number:.4f}" for name, number in self._shown.items()))
+        self.last |= numbers
+        shown = [f"{name} {number:.4f}" for name, number in self.last.items() if name.startswith(("loss", "validation"))]
+        self._bar.update(self._task, status="  ".join(shown))
 
     def advance(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
@@ -77,3 +81,7 @@ class Logger:
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(f"{self._title}: {text}", markup=False, soft_wrap=True)
+
+
+def _before(row: dict, step: int) -> bool:
+    return row["step"] < step or (row["step"] == step and not any(name.startswith("validation") for name in row))

@@ -22,7 +22,7 @@ def make_optimizer(
       total_steps: of the whole training.
       lr: peak learning rate of everything but the head.
       head_lr: peak learning rate of the leaves under trainable["head"].
-      weight_decay: on theta and on matrices; never on biases and norms (one-dimensional model leaves).
+      weight_decay: on theta and on matrices; never on biases, norms and VeRA's vectors, stacked over layers or not.
       schedule: "linear" or "cosine" decay to zero, or "constant".
       warmup: fraction of the steps in which the rate rises linearly from zero.
       clip: longest norm of the whole gradient; a longer one is scaled down to it. None: any.
@@ -48,6 +48,11 @@ def make_optimizer(
     return optax.apply_if_finite(optimizer, max_consecutive_errors=2**31 - 1)
 
 
+def learning_rate(step: int, total_steps: int, *, lr: float, schedule: str, warmup: float, **_) -> float:
+    """That of a step, counted from 0, of all but the head: config.optimizer's, as `make_optimizer` has it."""
+    return float(_schedule(schedule, lr, total_steps, round(warmup * total_steps))(step))
+
+
 def _schedule(name: str, peak: float, total: int, warmup: int) -> optax.Schedule:
     decay = {
         "linear": lambda steps: optax.linear_schedule(peak, 0.0, steps),
@@ -62,4 +67,10 @@ def _labels(trainable):
 
 
 def _decays(trainable):
-    return {name: name == "theta" or jax.tree.map(lambda x: x.ndim > 1, part) for name, part in trainable.items()}
+    def decays(path, x):
+        group, name = path[0].key, path[-1].key.rpartition("/")[-1]
+        if group in ("theta", "vera"):
+            return group == "theta"
+        return x.ndim > 1 and name not in ("bias", "scale")  # which are matrices too where layers are stacked
+
+    return jax.tree.map_with_path(decays, trainable)

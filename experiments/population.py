@@ -10,28 +10,26 @@ the members, who are divided over the devices: nothing is communicated between t
 import contextlib
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import data, evaluate
-from experiments.checkpoint import EXIT_CODES, Checkpoints, Interrupt, claim_workdir, clear_disk_errors
+from experiments import data, loop, metrics
+from experiments.build import Experiment, build
 from experiments.config import FREE, check_config, differences
-from experiments.logger import Logger
+from experiments.evaluate import predict
 from experiments.optimizer import make_optimizer
 from experiments.processes import cache_programs
-from experiments.step import make_loss, make_outputs
+from experiments.step import make_loss, make_outputs, take_step
 from experiments.tasks import LANGUAGE, task_kind
-from experiments.train import Stopwatch, finish, finite_mean, initial_state, keep_best
+from experiments.train import finish
+from experiments.workdir import claim_workdir, clear_disk_errors
 from gpart_jax import sharding
-from gpart_jax.methods import from_spec
+from gpart_jax.methods import Method, from_spec
 from gpart_jax.targets import named_leaves, replace_leaves
 
 RATES = ("lr", "head_lr", "weight_decay")
@@ -83,105 +81,69 @@ def _train(configs, workdirs, devices) -> None:
     used = max(n for n in range(1, len(devices) + 1) if count % n == 0)
     mesh = sharding.make_mesh({"data": used}, devices[:used])
     methods = [from_spec(member.method.to_dict(), member.head_targets) for member in configs]
-    experiments = _share([evaluate.build(member) for member in configs], methods)
-    model, params, task, _ = experiments[0]
-    pad = getattr(model.config, "pad_token_id", None)
-    steps_per_epoch = len(task.train) // config.train.batch_size
-    total_steps = config.train.epochs * steps_per_epoch
-    optimizers = [make_optimizer(total_steps, **member.optimizer) for member in configs]
-    batches = [
-        data.train_batches(experiment.task, config.train.batch_size, config.train.epochs, member.seed)
-        for member, experiment in zip(configs, experiments)
-    ]
-    states = [
-        initial_state(member, method, optimizer, experiment.params)
-        for member, method, optimizer, experiment in zip(configs, methods, optimizers, experiments)
-    ]
-    along, everywhere = NamedSharding(mesh, MEMBERS), NamedSharding(mesh, P())
-    frozen = sharding.place(params, everywhere)
-    own_tables = [method.tables(experiment.params) for method, experiment in zip(methods, experiments)]
-    tables = sharding.place(_stack(own_tables), along)
-    rates = sharding.place({rate: np.array([c.optimizer[rate] for c in configs], np.float32) for rate in RATES}, along)
-    step_all = _make_step(make_loss(model, task), methods[0], config, total_steps, mesh)
-    outputs = make_outputs(model, task, methods[0], jax.tree.map(lambda _: everywhere, params))
+    experiments = _share([build(member) for member in configs], methods)
+    schedule = loop.Schedule.of(config.train, experiments[0].task)
+    members = [
+        loop.Member(
+            member, workdir, experiment,
+            data.train_batches(experiment.task, config.train.batch_size, config.train.epochs, member.seed),
+            loop.initial_state(member, method, make_optimizer(schedule.total, **member.optimizer), experiment.params),
+        )
+        for member, workdir, experiment, method in zip(configs, workdirs, experiments, methods)
+    ]  # fmt: skip
+    engine = Together(members, methods, schedule, mesh)
 
-    def score(number, examples, trainable):
-        experiment = experiments[number]
-        own, own_table = sharding.replicate((trainable, own_tables[number]), mesh)
-        of_batch = lambda batch: outputs(own, frozen, batch, own_table)
-        logits = evaluate.predict(experiment.task, of_batch, mesh, examples, config.train.eval_batch_size)
-        return evaluate.score(experiment.task, examples, logits), logits
+    def finish_member(member, number, logger, step, poll):
+        score = lambda *arguments: engine.score(number, *arguments, poll)
+        finish(member, methods[number], schedule, step, score, logger, mesh, population=count)
 
-    with contextlib.ExitStack() as stack:
-        checkpoints = [stack.enter_context(Checkpoints(workdir)) for workdir in workdirs]
-        interrupt = stack.enter_context(Interrupt())
-        # A kill may come between two members' saves, and one may be damaged: the newest step that all have.
-        step = max(set.intersection(*(saved.intact(state) for saved, state in zip(checkpoints, states))), default=0)
-        states = [
-            jax.tree.map(np.array, saved.restore(state, own, step))
-            for saved, state, own in zip(checkpoints, states, batches)
-        ]
-        loggers = [
-            stack.enter_context(Logger(workdir, f"{count} x {config.method.name}", step, total_steps, show=not number))
-            for number, workdir in enumerate(workdirs)
-        ]
-        say = loggers[0].say
-        say(f"{'goes on after' if step else 'starts at'} step {step} of {total_steps}")
-        trained = sharding.place(_stack([(state["trainable"], state["optimizer"]) for state in states]), along)
-        keys = sharding.place(_stack([state["key"] for state in states]), along)
-        watch, losses = Stopwatch(config.train.get("step_timeout")), []
-        while step < total_steps:
-            batch = sharding.place(_stack_batches([next(own) for own in batches], pad), along)
-            *trained, loss = step_all(*trained, frozen, batch, keys, step, tables, rates)
-            step += 1
-            losses.append(loss)
-            loggers[0].advance(step)
-            watch.step()
+    loop.run(members, engine, schedule, finish_member, f"{count} x {config.method.name}")
 
-            if step % config.train.log_every == 0 or step % steps_per_epoch == 0:
-                each, seconds = np.asarray(jnp.stack(losses)), watch.lap()["seconds_per_step"] / count
-                means = [
-                    finite_mean(own, step, steps_per_epoch, config.train, say, f" of {workdir}")
-                    for own, workdir in zip(each.T, workdirs)
-                ]
-                for mean, logger in zip(means, loggers):
-                    logger.write(step, loss=mean, seconds_per_step=seconds)
-                losses = []
-            if step % steps_per_epoch == 0:
-                epoch, shown = step // steps_per_epoch, []
-                for number, (experiment, state, logger) in enumerate(zip(experiments, states, loggers)):
-                    trainable = _member(trained[0], number)
-                    validation = experiment.task.validation
-                    scores = score(number, validation, trainable)[0] if validation else {}
-                    keep_best(state, trainable, experiment.task, scores, epoch)
-                    if scores:
-                        logger.write(step, **{f"validation_{name}": value for name, value in scores.items()})
-                        shown.append(f"{scores[task.metrics[0]]:.4f}")
-                end = f"  validation {task.metrics[0]} {', '.join(shown)}" if shown else ""
-                say(f"epoch {epoch} of {config.train.epochs}  loss {', '.join(f'{x:.4f}' for x in means)}{end}")
-                watch.restart()
-            stop = interrupt.requested(step)
-            if stop or step % config.train.checkpoint_every == 0 or step == total_steps:
-                for own, workdir in zip(np.asarray(jnp.stack(losses)).T if losses else (), workdirs):
-                    finite_mean(own, step, steps_per_epoch, config.train, lambda _: None, f" of {workdir}")
-                for number, (saved, state, own) in enumerate(zip(checkpoints, states, batches)):
-                    trainable, optimizer = _member(trained, number)
-                    saved.save(state | {"trainable": trainable, "optimizer": optimizer, "step": step}, own)
-                watch.restart()
-            if stop:
-                for saved in checkpoints:
-                    saved.wait()
-                say(f"{stop}: saved step {step}. Run the same command to go on.")
-                sys.exit(EXIT_CODES[stop])
 
-        watch.stop()
-        for number, (member, workdir, experiment, state, logger) in enumerate(
-            zip(configs, workdirs, experiments, states, loggers)
-        ):
-            finish(
-                member, workdir, experiment, state["best"], total_steps,
-                lambda examples, trainable: score(number, examples, trainable), logger, mesh, population=count,
-            )  # fmt: skip
+class Together:
+    """A `loop.Engine` of several runs: `jax.vmap` over the members, who are divided over the mesh."""
+
+    parts = 1
+
+    def __init__(self, members: list[loop.Member], methods: list[Method], schedule: loop.Schedule, mesh):
+        config, (model, params, task, *_) = members[0].config, members[0].experiment
+        self._mesh, self._along, everywhere = mesh, NamedSharding(mesh, MEMBERS), NamedSharding(mesh, P())
+        self._members, self._pad = members, getattr(model.config, "pad_token_id", None)
+        self._frozen = sharding.place(params, everywhere)
+        self._own_tables = [method.tables(member.experiment.params) for method, member in zip(methods, members)]
+        self._tables = sharding.place(_stack(self._own_tables), self._along)
+        rates = {rate: np.array([member.config.optimizer[rate] for member in members], np.float32) for rate in RATES}
+        self._rates = sharding.place(rates, self._along)
+        self._step = _make_step(make_loss(model, task), methods[0], config, schedule.total, mesh)
+        self._outputs = make_outputs(model, task, methods[0], jax.tree.map(lambda _: everywhere, params))
+
+    def place(self, states):
+        stacked = _stack([{name: state[name] for name in ("trainable", "optimizer", "key")} for state in states])
+        return sharding.place(stacked, self._along)
+
+    def flops(self, batches):
+        return 0.0
+
+    def step(self, trained, batches, number):
+        batch = sharding.place(_stack_batches(batches, self._pad), self._along)
+        trainable, optimizer, numbers = self._step(
+            trained["trainable"], trained["optimizer"], self._frozen, batch, trained["key"], number, self._tables, self._rates
+        )
+        return trained | {"trainable": trainable, "optimizer": optimizer}, numbers
+
+    def trainable(self, trained, number):
+        return jax.tree.map(lambda x: np.asarray(x[number]), trained["trainable"])
+
+    def optimizer(self, trained, number):
+        return jax.tree.map(lambda x: np.asarray(x[number]), trained["optimizer"])
+
+    def score(self, number, examples, trainable, poll):
+        member = self._members[number]
+        own, tables = sharding.replicate((trainable, self._own_tables[number]), self._mesh)
+        of_batch = lambda batch: self._outputs(own, self._frozen, batch, tables)
+        task, size = member.experiment.task, member.config.train.eval_batch_size
+        logits = predict(task, of_batch, self._mesh, examples, size, poll)
+        return metrics.score(task, examples, logits), logits
 
 
 def _make_step(loss, method, config, total_steps, mesh):
@@ -194,11 +156,10 @@ def _make_step(loss, method, config, total_steps, mesh):
 
         def own_loss(trainable, batch, key):
             method_key, model_key = jax.random.split(key)
-            return loss(method.bind(frozen, trainable, method_key, False, tables), frozen, batch, model_key)
+            return loss(method.bind(frozen, trainable, method_key, False, tables, batch["row"]), frozen, batch, model_key)
 
-        value, gradient = sharding.in_parts(own_loss, config.train.accumulate)(trainable, batch, key)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
-        return optax.apply_updates(trainable, updates), optimizer_state, value
+        gradient_of = sharding.in_parts(own_loss, config.train.accumulate)
+        return take_step(optimizer, trainable, optimizer_state, *gradient_of(trainable, batch, key))
 
     def step(trainable, optimizer_state, frozen, batch, key_data, number, tables, rates):
         return jax.shard_map(
@@ -212,7 +173,7 @@ def _make_step(loss, method, config, total_steps, mesh):
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def _share(experiments: list[evaluate.Experiment], methods) -> list[evaluate.Experiment]:
+def _share(experiments: list[Experiment], methods) -> list[Experiment]:
     """The same experiments, with one copy of each frozen leaf.
 
     Raises:
@@ -240,10 +201,6 @@ def _share(experiments: list[evaluate.Experiment], methods) -> list[evaluate.Exp
 
 def _stack(trees: list):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-def _member(tree, number: int):
-    return jax.tree.map(lambda x: np.asarray(x[number]), tree)
 
 
 def _stack_batches(batches: list[dict], pad: int | None) -> dict:

@@ -1,7 +1,8 @@
 """One run in several processes: how they find each other, and which of them writes.
 
 Where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, as every launcher in launch/ does, `join` makes
-this process one of that many. The devices of all of them are then one mesh, and each runs the same program.
+this process one of that many; without them it leaves it to JAX to know a Slurm step or a Cloud TPU slice of several. The devices
+of all processes are then one mesh, and each runs the same program.
 """
 
 import json
@@ -29,7 +30,7 @@ def cache_programs(folder: str | None) -> None:
 
 
 def join(timeout: float = 300) -> None:
-    """Joins the run's other processes; does nothing where none of the variables is set.
+    """Joins the run's other processes; does nothing where there are no others.
 
     Raises:
       absl.app.UsageError: some of the variables are missing or wrong.
@@ -37,6 +38,9 @@ def join(timeout: float = 300) -> None:
     """
     given = [name for name in VARIABLES if os.environ.get(name)]
     if not given:
+        hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or len(hosts) > 1:
+            jax.distributed.initialize(initialization_timeout=round(timeout))
         return
     if missing := sorted(set(VARIABLES) - set(given)):
         raise app.UsageError(f"{', '.join(given)} set, but not {', '.join(missing)}. Set all three, or none.")
@@ -78,9 +82,11 @@ def _call(port: int, count: int, deadline: float) -> list[int]:
             try:
                 connection, _ = server.accept()
                 connection.settimeout(5)
-                came[int(connection.recv(16))] = connection
+                number = int(connection.recv(16))
+                if 1 <= number < count:
+                    came[number] = connection
             except (TimeoutError, ValueError, OSError):
-                continue  # nobody came, or a stranger
+                continue  # nobody came, or a stranger, who says something else
         missing = sorted(set(range(1, count)) - came.keys())
         for connection in came.values():
             with connection:

@@ -29,7 +29,7 @@ class SweepProgress:
             speed_estimate_period=3600,  # seconds; a run's compilation and evaluation move no bar
         )
         self._whole = self._bar.add_task("all runs", total=todo, status="")
-        self._running = {}
+        self._running, self._elsewhere = {}, set()
 
     def __enter__(self):
         self.say(f"{self._todo} of {self._runs} runs to do in {self._workdir}")
@@ -43,6 +43,13 @@ class SweepProgress:
         more = f" and {len(directories) - 1} more" if len(directories) > 1 else ""
         name = f"{directories[0].relative_to(self._workdir)}{more}"
         self._running[tuple(directories)] = self._bar.add_task(name, total=None, status="starts")
+
+    def leave(self, directories: list[pathlib.Path]) -> None:
+        """Of runs that another machine is training."""
+        self._bar.remove_task(self._running.pop(tuple(directories)))
+        if directories[0] not in self._elsewhere:
+            self.say(f"{directories[0]} is being trained elsewhere: the others go first")
+        self._elsewhere |= set(directories)
 
     def end(self, directories: list[pathlib.Path], outcomes: list[dict | str], seconds: float) -> None:
         """Counts runs that were one job, each with its results, or with its error's first line."""

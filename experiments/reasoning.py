@@ -3,8 +3,8 @@
 `python -m experiments.evaluate --benchmark=gsm8k` is its command.
 """
 
-import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -12,8 +12,9 @@ import jax
 from scipy.stats import binomtest
 
 from experiments.answers import RULES
-from experiments.checkpoint import write_json
+from experiments.processes import barrier, is_writer
 from experiments.tasks import math
+from experiments.workdir import write_json
 from gpart_jax.models.decoder import Decoder
 from gpart_jax.models.generate import generate_each
 from gpart_jax.models.vocabulary import Vocabulary
@@ -56,7 +57,7 @@ def answer_all(
 ) -> list[dict]:
     """Answers greedily, and keeps each answer in `folder`/predictions.jsonl as soon as it is there.
 
-    Started again, it goes on with the problems that have no answer there.
+    Started again, it goes on with the problems that have no answer there, also with more problems. All processes call it.
 
     Args:
       params: adapted already, on the mesh.
@@ -71,21 +72,26 @@ def answer_all(
       ValueError: the folder holds answers that other settings gave, or a prompt is longer than the context.
     """
     math.encode_prompts(vocabulary, examples)
-    asked = hashlib.sha256("".join(example["prompt"] for example in examples).encode()).hexdigest()[:16]
-    settings = settings | {"benchmark": benchmark, "max_new_tokens": max_new_tokens, "prompts": asked}
+    settings = settings | {"benchmark": benchmark, "max_new_tokens": max_new_tokens}
     folder.mkdir(parents=True, exist_ok=True)
+    barrier("settings")
     if (folder / "settings.json").is_file():
         known = json.loads((folder / "settings.json").read_text())
+        known.pop("prompts", None)  # of all problems together, in an earlier version
         if different := sorted(
             name for name in known.keys() | settings.keys() if known.get(name) != settings.get(name)
         ):
             raise ValueError(
                 f"{folder} holds answers of a run that differs in {', '.join(different)}. Move it away, or ask for the same."
             )
-    else:
+    elif is_writer():
         write_json(folder / "settings.json", settings)
-    rows, rule = _read(folder / "predictions.jsonl"), RULES[BENCHMARKS[benchmark]]
-    done = {row["idx"] for row in rows}
+    prompts = {example["idx"]: example["prompt"] for example in examples}
+    rows = [row for row in _read(folder / "predictions.jsonl") if row["idx"] in prompts]
+    if changed := [row["idx"] for row in rows if row["prompt"] != prompts[row["idx"]]]:
+        raise ValueError(f"{folder} holds answers to other problems, such as number {changed[0]}. Move it away.")
+    rule, done = RULES[BENCHMARKS[benchmark]], {row["idx"] for row in rows}
+    barrier("answers")  # all have read what is there before one writes
     left = [example for example in examples if example["idx"] not in done]
     left.sort(key=lambda example: len(example["input_ids"]))  # those that are read together are padded little
     if rows:
@@ -93,12 +99,11 @@ def answer_all(
     decode = vocabulary.tokenizer.decode
     if not left:
         return rows
-    prompts = [example["input_ids"].tolist() for example in left]
     answers = generate_each(
-        model, params, prompts, eos=[vocabulary.eos], max_new_tokens=max_new_tokens, rows=batch_size, mesh=mesh,
+        model, params, [example["input_ids"].tolist() for example in left], eos=[vocabulary.eos], max_new_tokens=max_new_tokens, rows=batch_size, mesh=mesh,
         stop=math.STOP, decode=decode,
     )  # fmt: skip
-    with (folder / "predictions.jsonl").open("a", buffering=1) as file:
+    with (folder / "predictions.jsonl" if is_writer() else pathlib.Path(os.devnull)).open("a", buffering=1) as file:
         for number, continuation in answers:
             example, text = left[number], math.completion(decode(continuation.ids))
             answer = rule.answer(text)
@@ -125,7 +130,7 @@ def _read(path: pathlib.Path) -> list[dict]:
         return []
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
-    if whole != text:
+    if whole != text and is_writer():
         path.write_text(whole)
     return [json.loads(line) for line in whole.splitlines()]
 

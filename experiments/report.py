@@ -15,7 +15,7 @@ import rich.console
 import rich.table
 from absl import app, flags
 
-from experiments.checkpoint import flatten
+from experiments.config import flatten
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 SIZES = {"gpart": "d", "uni_lora": "d", "fastfood": "d", "lora": "rank", "vera": "rank"}  # what a method's size is

@@ -22,7 +22,7 @@ def make_loss(model: nn.Module, task: Task) -> Callable:
     `adapt` is a bound method. Cross-entropy; for a regression the squared error, as in the authors' release; for a decoder
     `make_language_loss`.
     """
-    if isinstance(model, Decoder):
+    if task.language:
         return make_language_loss(model)
 
     def loss(adapt, frozen, batch, key=None):
@@ -56,7 +56,7 @@ def make_outputs(model: nn.Module, task: Task, method: Method, shardings) -> Cal
     """
 
     def outputs(adapt, frozen, batch):
-        if isinstance(model, Decoder):
+        if task.language:
             learned = batch["loss_mask"].astype(jnp.float32)
             return jnp.stack([_token_losses(model, adapt, frozen, batch, learned), learned[:, 1:].sum(1)], axis=1)
         return _logits(model, task, adapt, frozen, batch, None)
@@ -68,12 +68,12 @@ def make_outputs(model: nn.Module, task: Task, method: Method, shardings) -> Cal
 def _logits(model, task, adapt, frozen, batch, key):
     """float32 (rows, outputs); a key turns on the model's dropout."""
     inputs = {name: batch[name] for name in task.inputs if name in batch}
-    rngs = None if key is None else {"dropout": key}
+    rngs, train = (None, False) if key is None else ({"dropout": key}, batch.get("row", True))
     if model.remat == "none":  # P theta of all layers at once costs least
-        return model.apply({"params": adapt(frozen)}, **inputs, train=key is not None, rngs=rngs)
+        return model.apply({"params": adapt(frozen)}, **inputs, train=train, rngs=rngs)
     layers = {name: part for name, part in frozen.items() if name.startswith("layer_")}
     params = adapt({name: part for name, part in frozen.items() if name not in layers}) | layers
-    return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs, adapt=adapt)
+    return model.apply({"params": params}, **inputs, train=train, rngs=rngs, adapt=adapt)
 
 
 def _token_losses(model: Decoder, adapt, frozen, batch, weights):
@@ -91,9 +91,9 @@ def token_weights(loss_mask: jax.Array) -> jax.Array:
 def make_train_step(
     loss: Callable, method: Method, optimizer: optax.GradientTransformation, shardings, accumulate: int = 1
 ) -> Callable:
-    """step(trainable, optimizer_state, frozen, batch, key_data, number, tables) -> (trainable, optimizer_state, loss).
+    """step(trainable, optimizer_state, frozen, batch, key_data, number, tables) -> (trainable, optimizer_state, numbers).
 
-    The first two are donated. Any `loss_mask` of the batch becomes `weights`. `key_data` is that of the run's key; folding
+    The first two are donated; the numbers are those of `take_step`. Any `loss_mask` of the batch becomes `weights`. `key_data` is that of the run's key; folding
     in the step's `number` makes the step's own. `tables` are `method.tables(params)`.
     `shardings`: of `frozen`, and so the mesh. With `accumulate` > 1 a batch goes through the model in so many equal parts,
     one after another: activations take that much less memory, and only gradients of the trained numbers are added up.
@@ -106,8 +106,39 @@ def make_train_step(
         if "loss_mask" in batch:
             batch = dict(batch)
             batch["weights"] = token_weights(batch.pop("loss_mask"))
-        value, gradient = gradient_of(trainable, frozen, batch, key, tables)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
-        return optax.apply_updates(trainable, updates), optimizer_state, value
+        return take_step(optimizer, trainable, optimizer_state, *gradient_of(trainable, frozen, batch, key, tables))
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+def trained_shardings(trainable, optimizer_state, shardings) -> tuple:
+    """Where a trainable and its optimizer's state lie: of a leaf that is sharded, as of `full`, so are the moments.
+
+    Args:
+      shardings: of the frozen params.
+    """
+    placed = sharding.of_trained(trainable, shardings)
+    by_path, everywhere = dict(jax.tree.leaves_with_path(placed)), NamedSharding(jax.tree.leaves(shardings)[0].mesh, P())
+
+    def of(path, _):  # a moment's path ends with that of what it is of
+        return next((by_path[path[n:]] for n in range(len(path)) if path[n:] in by_path), everywhere)
+
+    return placed, jax.tree.map_with_path(of, optimizer_state)
+
+
+def take_step(optimizer: optax.GradientTransformation, trainable, optimizer_state, loss: jax.Array, gradient):
+    """(trainable, optimizer_state, numbers) after a step. A loss or a gradient that isn't finite changes nothing.
+
+    The numbers, each float32 (): loss; gradient_norm; step_length, that of the update of all but the head; of methods that train
+    it theta_norm, |theta|. Of an isometric GPart the last two are distances in weight space (P^T P = I).
+    """
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    gradient = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradient)  # which `make_optimizer` passes over
+    updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
+    trainable = optax.apply_updates(trainable, updates)
+    length = optax.global_norm({name: part for name, part in updates.items() if name != "head"})
+    numbers = {"loss": loss, "gradient_norm": norm, "step_length": length}
+    if "theta" in trainable:
+        numbers["theta_norm"] = optax.global_norm(trainable["theta"])
+    return trainable, optimizer_state, numbers

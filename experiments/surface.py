@@ -22,7 +22,8 @@ from absl import app, flags
 from jax.flatten_util import ravel_pytree
 from matplotlib import pyplot as plt
 
-from experiments import evaluate, report
+from experiments import report
+from experiments.build import build
 from experiments.logger import quiet
 from experiments.plots import COLORS
 from experiments.step import make_loss
@@ -52,7 +53,7 @@ def make_plane(params, adapter: pathlib.Path, radius: float, seed: int = 0) -> P
       ValueError: the run trained its head alone.
     """
     method, trainable = load_adapter(adapter).on(params)
-    trained, unravel = ravel_pytree({name: part for name, part in trainable.items() if name != "head"})
+    trained, unravel = ravel_pytree({name: part for name, part in trainable.items() if name not in ("head", "given")})
     if not trained.size:
         raise ValueError(f"{adapter} is a head alone, which stays as it is here. Choose a run of another method.")
 
@@ -146,7 +147,7 @@ def surfaces(runs: list[report.Run], radius: float | None, points: int, examples
         folders = " and ".join(str(run.workdir) for run in runs)
         raise ValueError(f"{folders} are of different models or tasks: their losses can't be compared.")
     config = json.loads((runs[0].workdir / "config.json").read_text())
-    model, params, task, _ = evaluate.build(ml_collections.ConfigDict(config))
+    model, params, task, *_ = build(ml_collections.ConfigDict(config))
     chosen = np.linspace(0, len(task.test) - 1, min(examples, len(task.test))).astype(int)
     batch = task.collate([task.test[row] for row in chosen])
     radius = radius or moved(params, runs[0].workdir / "adapter.safetensors")

@@ -26,7 +26,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import report
-from experiments.checkpoint import flatten
+from experiments.config import flatten
 from experiments.logger import quiet
 from experiments.workers import Run, run_all
 
@@ -117,7 +117,7 @@ def run_directory(config: ml_collections.ConfigDict, workdir: pathlib.Path, swep
     """Where a run of this config belongs: workdir/glue-sst2/roberta-base/gpart-d23040/optimizer.lr=0.005/seed42."""
     method, values, form = config.method.to_dict(), flatten(config.to_dict()), "{}-{}{}"
     label = report.label(method, form)
-    directory = workdir / config.task.name.replace("/", "-") / pathlib.Path(config.model.source).name / label
+    directory = workdir / config.task.name.replace("/", "-") / pathlib.Path(config.model.source or "fresh").name / label
     for key in swept:
         section, _, name = key.rpartition(".")
         if section != "method" or report.label(method | {name: None}, form) == label:  # the label doesn't show it

@@ -36,11 +36,11 @@ def text_task(
     return Task(train, validation, test, labels, metrics, INPUTS, collated, size=_tokens, max_length=max_length)
 
 
-def language_task(train: list[dict], test: list[dict], *, max_length: int) -> Task:
-    """A task of texts to learn, with a loss_mask. There is no validation split: the last epoch is tested, by its loss."""
+def language_task(train: list[dict], validation: list[dict], test: list[dict], *, max_length: int) -> Task:
+    """A task of texts to learn, with a loss_mask, by whose loss it is validated and tested."""
     collated = functools.partial(collate, pad=0, max_length=max_length)  # what pads is masked
     inputs = ("input_ids", "attention_mask", "loss_mask")
-    return Task(train, [], test, None, ("loss",), inputs, collated, size=_tokens, max_length=max_length, bucketed=True)
+    return Task(train, validation, test, None, ("loss",), inputs, collated, size=_tokens, max_length=max_length, bucketed=True)
 
 
 def _tokens(example: dict) -> int:

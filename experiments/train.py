@@ -9,30 +9,30 @@ frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best 
 of images mistakes.png; with config.train.export the adapted model, whole.
 """
 
-import faulthandler
 import json
-import math
 import pathlib
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 from absl import app, flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
-from experiments import data, evaluate, processes
-from experiments.checkpoint import EXIT_CODES, Checkpoints, Interrupt, claim_workdir, clear_disk_errors, write_json
+from experiments import data, loop, metrics, processes
+from experiments.build import Experiment, build
 from experiments.config import check_config
+from experiments.evaluate import predict
+from experiments.flops import matmul_flops
 from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
 from experiments.processes import barrier, is_writer
-from experiments.step import make_loss, make_outputs, make_train_step
+from experiments.step import make_loss, make_outputs, make_train_step, trained_shardings
+from experiments.workdir import claim_workdir, clear_disk_errors, write_json
 from gpart_jax import load_adapter, save_adapter, sharding
 from gpart_jax.interop import huggingface
 from gpart_jax.methods import Method, from_spec, trained_numbers
@@ -51,7 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
 
     Raises:
       ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config, or is in use.
-      FloatingPointError: the loss is no longer finite, unless config.train.nonfinite is "skip".
+      FloatingPointError: the loss or its gradient is no longer finite, unless config.train.nonfinite is "skip".
       OSError: the disk is full, or the workdir can't be written to.
       SystemExit: after a checkpoint was saved because of SIGTERM (code 143) or Ctrl-C (130).
     """
@@ -70,133 +70,96 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
         print(f"{workdir} is finished; see its results.json.")
         return json.loads((workdir / "results.json").read_text())
 
-    experiment = evaluate.build(config, mesh)
-    model, params, task, rules = experiment
-    steps_per_epoch = len(task.train) // config.train.batch_size
-    total_steps = config.train.epochs * steps_per_epoch
-    optimizer = make_optimizer(total_steps, **config.optimizer)
+    experiment = build(config, mesh)
+    task, schedule = experiment.task, loop.Schedule.of(config.train, experiment.task)
+    optimizer = make_optimizer(schedule.total, **config.optimizer)
     part, parts = sharding.data_part(mesh)
     batches = data.train_batches(
         task, config.train.batch_size, config.train.epochs, config.seed, part=part, parts=parts
     )
+    engine = Alone(config, experiment, method, optimizer, mesh)
+    state = sharding.fetch(loop.initial_state(config, method, optimizer, experiment.params))
+    member = loop.Member(config, workdir, experiment, batches, state)
 
-    state = initial_state(config, method, optimizer, params)
-    shardings = sharding.param_shardings(params, mesh, rules)
-    frozen = sharding.place(params, shardings)
-    train_step = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
-    tables = sharding.replicate(method.tables(params), mesh)
-    outputs = make_outputs(model, task, method, shardings)
+    def finish_member(member, number, logger, step, poll):
+        finish(member, method, schedule, step, lambda *arguments: engine.score(number, *arguments, poll), logger, mesh)
 
-    def score(examples, trainable) -> tuple[dict[str, float], np.ndarray]:
-        trainable = sharding.replicate(trainable, mesh)
-        of_batch = lambda batch: outputs(trainable, frozen, batch, tables)
-        logits = evaluate.predict(task, of_batch, mesh, examples, config.train.eval_batch_size)
-        return evaluate.score(task, examples, logits), logits
-
-    with Checkpoints(workdir) as checkpoints, Interrupt() as interrupt:
-        state = jax.tree.map(np.array, checkpoints.restore(state, batches))
-        step = int(state["step"])
-        state |= sharding.replicate({name: state[name] for name in ("trainable", "optimizer", "key")}, mesh)
-        with Logger(workdir, config.method.name, step, total_steps) as logger:
-            logger.say(f"{'goes on after' if step else 'starts at'} step {step} of {total_steps}")
-            watch, losses = Stopwatch(config.train.get("step_timeout")), []
-            while step < total_steps:
-                batch = next(batches)
-                state["trainable"], state["optimizer"], loss = train_step(
-                    state["trainable"],
-                    state["optimizer"],
-                    frozen,
-                    sharding.global_batch(batch, mesh),
-                    state["key"],
-                    step,
-                    tables,
-                )
-                step += 1
-                losses.append(loss)
-                logger.advance(step)
-                watch.step(parts * np.count_nonzero(batch["attention_mask"]) if "attention_mask" in batch else 0)
-
-                if step % config.train.log_every == 0 or step % steps_per_epoch == 0:
-                    mean = finite_mean(np.asarray(jnp.stack(losses)), step, steps_per_epoch, config.train, logger.say)
-                    logger.write(step, loss=mean, **watch.lap())
-                    losses = []
-                if step % steps_per_epoch == 0:
-                    epoch = step // steps_per_epoch
-                    scores = score(task.validation, state["trainable"])[0] if task.validation else {}
-                    keep_best(state, state["trainable"], task, scores, epoch)
-                    if scores:
-                        logger.write(step, **{f"validation_{name}": value for name, value in scores.items()})
-                    shown = "".join(f"  validation {name} {value:.4f}" for name, value in scores.items())
-                    logger.say(f"epoch {epoch} of {config.train.epochs}  loss {mean:.4f}{shown}")
-                    watch.restart()
-                stop = interrupt.requested(step)  # read once: it may come at any moment
-                if stop or step % config.train.checkpoint_every == 0 or step == total_steps:
-                    if losses:  # a checkpoint after a step to stop at would hide it from the run that goes on
-                        finite_mean(np.asarray(jnp.stack(losses)), step, steps_per_epoch, config.train, lambda _: None)
-                    checkpoints.save(state | {"step": step}, batches)
-                    watch.restart()
-                if stop:
-                    checkpoints.wait()
-                    logger.say(f"{stop}: saved step {step}. Run the same command to go on.")
-                    sys.exit(EXIT_CODES[stop])
-
-            watch.stop()
-            return finish(config, workdir, experiment, state["best"], total_steps, score, logger, mesh)
+    loop.run([member], engine, schedule, finish_member, config.method.name)
+    return json.loads((workdir / "results.json").read_text())
 
 
-def initial_state(config, method: Method, optimizer: optax.GradientTransformation, params) -> dict:
-    """What a run saves and goes on from, before its first step."""
-    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    trainable = method.init(params, init_key)
-    return {
-        "step": 0,
-        "trainable": trainable,
-        "optimizer": optimizer.init(trainable),
-        "key": jax.random.key_data(dropout_key),
-        "best": {"trainable": trainable, "score": -math.inf, "epoch": 0},
-    }
+class Alone:
+    """A `loop.Engine` of one run, whose batches are divided over the mesh."""
+
+    def __init__(self, config, experiment: Experiment, method: Method, optimizer, mesh):
+        model, params, task, rules, _ = experiment
+        self._mesh, self._config, self._experiment = mesh, config, experiment
+        self._shardings = sharding.param_shardings(params, mesh, rules)
+        self._frozen = sharding.place(params, self._shardings)
+        self._tables = sharding.replicate(method.tables(params), mesh)
+        self._step = make_train_step(make_loss(model, task), method, optimizer, self._shardings, config.train.accumulate)
+        self._outputs = make_outputs(model, task, method, self._shardings)
+        self.parts = sharding.data_part(mesh)[1]
+        # Without rematerialisation and with plain attention, whose products are counted: what the model itself needs.
+        plain = make_loss(model.clone(remat="none", attention="xla"), task)
+        self._plain = make_train_step(plain, method, optimizer, self._shardings, config.train.accumulate)
+        self._flops: dict[tuple, float] = {}
+
+    def place(self, states):
+        (state,) = states
+        own = trained_shardings(state["trainable"], state["optimizer"], self._shardings)
+        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state["trainable"], state["optimizer"]))
+        places = dict(zip(("trainable", "optimizer"), own), key=NamedSharding(self._mesh, P()))
+        return {name: sharding.place(state[name], place) for name, place in places.items()}
+
+    def step(self, trained, batches, number):
+        (batch,) = batches
+        trainable, optimizer, numbers = self._step(
+            trained["trainable"], trained["optimizer"], self._frozen, sharding.global_batch(batch, self._mesh),
+            trained["key"], number, self._tables,
+        )  # fmt: skip
+        return trained | {"trainable": trainable, "optimizer": optimizer}, numbers
+
+    def flops(self, batches):
+        (batch,) = batches
+        shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        if shapes not in self._flops:
+            frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._frozen)
+            whole = {name: jax.ShapeDtypeStruct((self.parts * len(x), *x.shape[1:]), x.dtype) for name, x in batch.items()}
+            key = jax.eval_shape(jax.random.key_data, jax.random.key(0))
+            jaxpr = self._plain.trace(*self._shapes, frozen, whole, key, 0, self._tables).jaxpr
+            divided = self._mesh.size if sharding.LEAVES in self._shapes[0] else self._mesh.shape["tensor"]
+            self._flops[shapes] = matmul_flops(jaxpr, divided)
+        return self._flops[shapes]
+
+    def trainable(self, trained, number):
+        return trained["trainable"]
+
+    def optimizer(self, trained, number):
+        return trained["optimizer"]
+
+    def score(self, number, examples, trainable, poll):
+        task = self._experiment.task
+        trainable = sharding.place(trainable, sharding.of_trained(trainable, self._shardings))
+        of_batch = lambda batch: self._outputs(trainable, self._frozen, batch, self._tables)
+        logits = predict(task, of_batch, self._mesh, examples, self._config.train.eval_batch_size, poll)
+        return metrics.score(task, examples, logits), logits
 
 
-def keep_best(state: dict, trainable, task: data.Task, scores: dict, epoch: int) -> None:
-    """Remembers in state["best"] what an epoch ended with, if it is the best so far, or if no validation tells."""
-    sign = -1 if task.metrics[0] == "loss" else 1
-    value = sign * scores.get(task.metrics[0], -sign * math.inf)
-    if value > state["best"]["score"] or not task.validation:
-        state["best"] = {"trainable": jax.tree.map(np.array, trainable), "score": value, "epoch": epoch}
-
-
-def finite_mean(
-    losses: np.ndarray, step: int, steps_per_epoch: int, options, say: Callable[[str], None], whose: str = ""
-) -> float:
-    """The mean of the losses of the steps up to `step`; those that aren't finite, which changed nothing, are left out.
-
-    Raises:
-      FloatingPointError: there is one, and options.nonfinite isn't "skip".
-    """
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if not len(bad):
-        return float(losses.mean())
-    first = step - len(losses) + 1 + int(bad[0])
-    epoch, batch = divmod(first - 1, steps_per_epoch)
-    where = f"The loss{whose} is {losses[bad[0]]} at step {first}, batch {batch + 1} of epoch {epoch + 1}"
-    if options.get("nonfinite", "stop") == "stop":
-        raise FloatingPointError(
-            f"{where}. That step changed nothing, and the last checkpoint is good. Lower config.optimizer.lr, look at that "
-            f"batch, or pass over such steps with --config.train.nonfinite=skip."
-        )
-    say(f"{where}: passed over, as {len(bad)} of the last {len(losses)} steps were")
-    return float(np.mean(losses[np.isfinite(losses)])) if len(bad) < len(losses) else math.nan
-
-
-def finish(config, workdir, experiment, best: dict, total_steps: int, score: Callable, logger: Logger, mesh, **more):
-    """Saves the best epoch's adapter, tests it as it lies on disk, and writes predictions.jsonl and results.json."""
+def finish(
+    member: loop.Member, method: Method, schedule: loop.Schedule, step: int, score: Callable, logger: Logger, mesh, **more
+) -> None:
+    """Saves the best validation's adapter, tests it as it lies on disk, and writes predictions.jsonl and results.json."""
+    config, workdir, experiment, best = member.config, member.workdir, member.experiment, member.state["best"]
     task, adapter = experiment.task, workdir / "adapter.safetensors"
-    method = from_spec(config.method.to_dict(), config.head_targets)
-    save_adapter(adapter, method, best["trainable"], experiment.params)
+    save_adapter(adapter, method, best["trainable"], experiment.params, drawn=experiment.drawn)
     _, loaded = load_adapter(adapter).on(experiment.params)
     scores, logits = score(task.test, loaded)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    logger.say(f"test {shown} with the adapter of epoch {best['epoch']}: {adapter}")
+    best_step = min(int(best["epoch"]) * schedule.every, step)
+    best_epoch = best_step / schedule.epoch
+    best_epoch = round(best_epoch, 2) if best_step % schedule.epoch else int(best_epoch)
+    logger.say(f"test {shown} with the adapter of epoch {best_epoch}: {adapter}")
     if config.train.get("export"):
         adapted = load_adapter(adapter).apply(experiment.params)
         huggingface.export(
@@ -205,10 +168,10 @@ def finish(config, workdir, experiment, best: dict, total_steps: int, score: Cal
         logger.say(f"the adapted model, as a Hugging Face directory: {workdir / 'model'}")
     if not is_writer():
         barrier("results")
-        return json.loads((workdir / "results.json").read_text())
+        return
     write_predictions(workdir / "predictions.jsonl", task, task.test, logits)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    more |= {"test_by_class": evaluate.by_class(task, task.test, logits)} if task.labels else {}
+    more |= {"test_by_class": metrics.by_class(task, task.test, logits)} if task.labels else {}
     if task.augment:
         from experiments.plots import draw_mistakes  # here, because Matplotlib is a fifth of a run's start
 
@@ -220,9 +183,9 @@ def finish(config, workdir, experiment, best: dict, total_steps: int, score: Cal
         "metric": task.metrics[0],
         "test": scores[task.metrics[0]],
         "test_scores": scores,
-        "validation": float(best["score"]) if task.validation else None,
-        "best_epoch": int(best["epoch"]),
-        "steps": total_steps,
+        "validation": task.better * float(best["score"]) if task.validation else None,
+        "best_epoch": best_epoch,
+        "steps": step,
         "trained_numbers": trained_numbers(best["trainable"]),
         "adapter_bytes": adapter.stat().st_size,
         # The median leaves out the laps in which a step was compiled.
@@ -232,43 +195,6 @@ def finish(config, workdir, experiment, best: dict, total_steps: int, score: Cal
     }
     write_json(workdir / "results.json", results)
     barrier("results")
-    return results
-
-
-class Stopwatch:
-    """Seconds a step, from laps of several steps that nothing else came between; and a watchdog over what takes for ever.
-
-    Args:
-      timeout: seconds in which each lap, and what comes between laps, must end; else the process says where all its
-        threads are, and ends with code 1, for a launcher to start it again. None: there is no limit.
-    """
-
-    def __init__(self, timeout: float | None = None):
-        self._timeout = timeout
-        self.restart()
-
-    def restart(self) -> None:
-        self._steps, self._tokens, self._start = 0, 0, time.perf_counter()
-        if self._timeout:
-            faulthandler.dump_traceback_later(self._timeout, exit=True)
-
-    def stop(self) -> None:
-        if self._timeout:
-            faulthandler.cancel_dump_traceback_later()
-
-    def step(self, tokens: int = 0) -> None:
-        """Counts a step; of text, its tokens without padding."""
-        self._steps += 1
-        self._tokens += tokens
-
-    def lap(self) -> dict[str, float]:
-        """Ends a lap, once its last step's result has been waited for: seconds_per_step; of text tokens_per_second."""
-        seconds = time.perf_counter() - self._start
-        found = {"seconds_per_step": seconds / self._steps}
-        if self._tokens:
-            found["tokens_per_second"] = self._tokens / seconds
-        self.restart()
-        return found
 
 
 def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict], logits: np.ndarray) -> None:
@@ -277,10 +203,10 @@ def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict],
     Of a decoder: the loss, in nats a token, and the number of tokens.
     """
     with path.open("w") as file:
-        for example, row, prediction in zip(examples, logits.tolist(), evaluate.predictions(task, logits).tolist()):
+        for example, row, prediction in zip(examples, logits.tolist(), metrics.predictions(task, logits).tolist()):
             known = {name: value for name, value in example.items() if not isinstance(value, np.ndarray | bytes)}
             found = {"prediction": prediction, "logits": row}
-            if task.metrics == ("loss",):
+            if task.language:
                 found = {"loss": row[0] / row[1], "tokens": int(row[1])}
             file.write(json.dumps(known | found) + "\n")
 

@@ -17,10 +17,14 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
-from experiments.checkpoint import check_workdir
 from experiments.config import differences
 from experiments.logger import quiet
 from experiments.progress import SweepProgress
+from experiments.workdir import InUse, check_workdir
+
+
+AGAIN = 5.0  # seconds until a run that is trained elsewhere is asked for again
+IN_USE = "in use"
 
 
 class Run(NamedTuple):
@@ -31,7 +35,8 @@ class Run(NamedTuple):
 def run_all(runs: list[Run], jobs: int, workdir: pathlib.Path, population: int = 1) -> dict[pathlib.Path, str]:
     """Trains the runs that aren't finished, `jobs` at once, and shows how far the whole is.
 
-    Up to `population` runs that follow one another and may share a program are trained together, as one job.
+    Up to `population` runs that follow one another and may share a program are trained together, as one job. A run that another
+    machine is training is asked for again when the others are done.
 
     Returns:
       The directory of each run that failed, and the error's first line.
@@ -45,12 +50,12 @@ def run_all(runs: list[Run], jobs: int, workdir: pathlib.Path, population: int =
     unfinished = [run for run in runs if not (run.directory / "results.json").exists()]
     todo = collections.deque(together(unfinished, population))
     workers = [Worker(slot, jobs, workdir / ".compiled") for slot in range(min(jobs, len(todo)))]
-    failures = {}
+    failures, elsewhere, asked = {}, [], 0.0  # what is trained elsewhere, and when that was seen
     try:
         with _noted_signals() as signals, SweepProgress(len(runs), len(unfinished), workdir) as progress:
             while not signals and (todo or any(worker.runs for worker in workers)):
                 for worker in workers:
-                    if todo and not worker.runs:
+                    if todo and not worker.runs and (todo[0] not in elsewhere or time.monotonic() > asked + AGAIN):
                         worker.give(todo.popleft())
                         progress.start([run.directory for run in worker.runs])
                 working = {worker.connection: worker for worker in workers if worker.runs}
@@ -59,6 +64,12 @@ def run_all(runs: list[Run], jobs: int, workdir: pathlib.Path, population: int =
                         break  # a process that ended may have had the same signal
                     ended, seconds = working[ready].runs, time.monotonic() - working[ready].since
                     outcomes = working[ready].take()
+                    if IN_USE in outcomes:
+                        todo.append(ended)
+                        elsewhere.append(ended)
+                        asked = time.monotonic()
+                        progress.leave([run.directory for run in ended])
+                        continue
                     for run, outcome in zip(ended, outcomes):
                         if isinstance(outcome, str):
                             failures[run.directory] = outcome
@@ -203,6 +214,8 @@ def _train(runs: list[Run]) -> list[dict | str]:
         os.dup2(log.fileno(), 2)
     try:
         return [train(*runs[0])] if len(runs) == 1 else train_population(*zip(*runs))
+    except InUse:
+        return [IN_USE] * len(runs)
     except Exception as error:
         for run in runs:
             (run.directory / "error.txt").write_text(traceback.format_exc())

@@ -312,7 +312,8 @@ def _block_regions(layout: Layout, d: int, scheme: str, scope: str) -> tuple[Reg
             for number, layer in enumerate(leaf.layers()):
                 blocks.setdefault(("", number), []).append(View(layer, number))
             continue
-        match = re.search(r"([0-9]+)(/|$)", leaf.path)
+        # layer_3 and 3 are blocks' names; a number within a word, as of bert2/layer_3, is one only where there is no other.
+        match = re.search(r"(?<![^/._])([0-9]+)(/|$)", leaf.path) or re.search(r"([0-9]+)(/|$)", leaf.path)
         if not match:
             raise ValueError(
                 f"scope={scope!r} needs leaves of numbered blocks (layer_3/..., layers/3/..., or stacked leaves), "

@@ -65,6 +65,8 @@ def _put(stacked, number, trainable):
 
 
 def _trainable(adapter: Adapter) -> dict:
+    if kept := [name for name in adapter.tensors if name.startswith("given/")]:
+        raise ValueError(f"{', '.join(kept)}: leaves that an adapter brings along untrained can't be served. Merge it instead.")
     return {"theta": adapter.theta} | ({"head": adapter.head} if adapter.head else {})
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+LEAVES = "params"  # what a trainable calls leaves of the model that are trained whole, as many as there are
 
 Rules = Sequence[tuple[str, P]]
 VIT: Rules = (
@@ -99,6 +100,19 @@ def param_shardings(params: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
         return NamedSharding(mesh, P(*kept))
 
     return replace_leaves(params, {path: of(path, leaf) for path, leaf in leaves.items()})
+
+
+def of_trained(trainable: PyTree, shardings: PyTree) -> PyTree:
+    """Where a trainable lies: whole leaves of the model, as `full` trains them, as those do; all else on every device.
+
+    Args:
+      trainable: of a `Method`, or what has its structure.
+      shardings: of the frozen params.
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    leaves = {path: sharding for path, sharding in named_leaves(shardings)}
+    placed = jax.tree.map(lambda _: NamedSharding(mesh, P()), trainable)
+    return placed | ({LEAVES: {path: leaves[path] for path in trainable[LEAVES]}} if LEAVES in trainable else {})
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
@@ -194,35 +208,47 @@ def value_and_grad(loss: Callable, method: "Method", shardings: PyTree, accumula
       loss: loss(adapt, frozen, batch, key) -> float32 (), the mean over the rows of a batch. `adapt(params)` gives the
         adapted whole of params, or of a part of them; `adapt({"layers": slices}, layer=index)` of one layer in a scan.
         `key` is None, or drives the model's own dropout.
-      method: a `Method`, whose trainable is replicated.
+      method: a `Method`, whose trainable lies as `of_trained` says: replicated, but for whole leaves of the model. The gradient
+        of those is reduced to where they lie, as in any training under `jit`.
       shardings: of the frozen params, from `param_shardings`.
       accumulate: so many parts of each device's rows go through the model one after another, to need less memory.
 
     Returns:
       f(trainable, frozen, batch, key=None, tables=None) -> (value, gradient), for use under `jax.jit`. `batch` is a dict
-      of arrays with the same rows first; `key` turns on dropout, the method's and the model's; `tables` are
-      `method.tables(params)`, replicated, which are otherwise constants of the program.
+      of arrays with the same rows first; the loss finds each row's number in the whole batch as `batch["row"]`, int (rows,),
+      to draw its dropout by, whatever the mesh: yours, or else its place. `key` turns on dropout, the method's and the model's;
+      `tables` are `method.tables(params)`, replicated, which are otherwise constants of the program.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
+    def on_leaves(trainable, frozen, batch, key, tables):
+        def plain_loss(trainable, batch, key):
+            method_key, model_key = (None, None) if key is None else jax.random.split(key)
+            return loss(method.bind(frozen, trainable, method_key, False, tables, batch["row"]), frozen, batch, model_key)
+
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            value, gradient = in_parts(plain_loss, accumulate, shards)(trainable, batch, key)
+        return value, jax.lax.with_sharding_constraint(gradient, of_trained(gradient, shardings))
+
     def compute(trainable, frozen, batch, key=None, tables=None):
-        check_batch("The batch", len(jax.tree.leaves(batch)[0]), mesh, accumulate)
+        rows = len(jax.tree.leaves(batch)[0])
+        check_batch("The batch", rows, mesh, accumulate)
+        batch = {"row": jnp.arange(rows)} | batch
+        if LEAVES in trainable:
+            return on_leaves(trainable, frozen, batch, key, tables)
         flat, unravel = ravel_pytree(trainable)
 
-        def local(copies, bind, frozen, batch, key, shard):  # copies: (T, n)
+        def local(copies, bind, frozen, batch, key):  # copies: (T, n)
             def local_loss(copies, batch, key):
                 method_key, model_key = (None, None) if key is None else jax.random.split(key)
-                # Dropout on the delta is the same everywhere, the model's is not.
-                if model_key is not None and shards > 1:
-                    model_key = jax.random.fold_in(model_key, shard[0])
-                return loss(bind(jax.vmap(unravel)(copies), method_key), frozen, batch, model_key)
+                return loss(bind(jax.vmap(unravel)(copies), method_key, batch["row"]), frozen, batch, model_key)
 
             value, gradient = in_parts(local_loss, accumulate)(copies, batch, key)
             return value[None], gradient
 
         run = _on_own_rows(local, method, shardings)
-        values, gradients = run(flat, frozen, tables, batch, key, jnp.arange(shards))
+        values, gradients = run(flat, frozen, tables, batch, key)
         return values.mean(), unravel(gradients.sum(0) / shards)
 
     return compute
@@ -239,13 +265,18 @@ def of_rows(function: Callable, method: "Method", shardings: PyTree) -> Callable
       f(trainable, frozen, batch, tables=None) -> what function gives, its rows divided as the batch's. For use under `jax.jit`.
     """
 
+    mesh = jax.tree.leaves(shardings)[0].mesh
+
     def compute(trainable, frozen, batch, tables=None):
+        if LEAVES in trainable:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(method.bind(frozen, trainable, None, False, tables), frozen, batch)
         flat, unravel = ravel_pytree(trainable)
 
-        def local(copies, bind, frozen, batch, key, _):
+        def local(copies, bind, frozen, batch, key):
             return function(bind(jax.vmap(unravel)(copies), key), frozen, batch)
 
-        return _on_own_rows(local, method, shardings)(flat, frozen, tables, batch, None, None)
+        return _on_own_rows(local, method, shardings)(flat, frozen, tables, batch, None)
 
     return compute
 
@@ -255,34 +286,35 @@ def _on_own_rows(local: Callable, method: "Method", shardings: PyTree) -> Callab
     mesh = jax.tree.leaves(shardings)[0].mesh
     gather, on_fsdp = gatherer(shardings), fsdp_specs(shardings)
 
-    def run(flat, frozen, tables, batch, key, shard):
+    def run(flat, frozen, tables, batch, key):
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings)
         copies = jnp.broadcast_to(flat, (mesh.size, flat.size))
         copies = jax.lax.with_sharding_constraint(copies, NamedSharding(mesh, P(AXES)))  # one for each device
 
-        def on_device(copies, frozen, tables, batch, key, shard):
-            def bind(trainable, key):
-                bound = method.bind(like, trainable, key, True, tables)
+        def on_device(copies, frozen, tables, batch, key):
+            def bind(trainable, key, rows=None):
+                bound = method.bind(like, trainable, key, True, tables, rows)
                 return lambda params, layer=None: bound(gather(params, layer), layer)
 
-            return local(copies, bind, frozen, batch, key, shard)
+            return local(copies, bind, frozen, batch, key)
 
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(BATCH, on_fsdp, P(), BATCH, P(), BATCH),
+            in_specs=(BATCH, on_fsdp, P(), BATCH, P()),
             out_specs=BATCH,
             axis_names={"data", "fsdp"},
             check_vma=False,
-        )(copies, frozen, tables, batch, key, shard)
+        )(copies, frozen, tables, batch, key)
 
     return run
 
 
-def in_parts(loss: Callable, accumulate: int) -> Callable:
+def in_parts(loss: Callable, accumulate: int, shards: int = 1) -> Callable:
     """f(trained, batch, key) -> (value, gradient) of loss(trained, batch, key), the mean over the rows of a batch.
 
-    The batch goes through in so many equal parts, one after another, each with dropout of its own.
+    The batch goes through in so many equal parts, one after another, each with dropout of its own. A part has as many rows of
+    each of the batch's `shards`.
     """
 
     def compute(trained, batch, key):
@@ -292,7 +324,11 @@ def in_parts(loss: Callable, accumulate: int) -> Callable:
         def add(total, part):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(trained, *part)), None
 
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        def part(x):
+            by_shard = x.reshape(shards, accumulate, -1, *x.shape[1:])
+            return by_shard.swapaxes(0, 1).reshape(accumulate, -1, *x.shape[1:])
+
+        parts = jax.tree.map(part, batch)
         keys = None if key is None else jax.random.split(key, accumulate)
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
         total, _ = jax.lax.scan(add, zeros, (parts, keys))
@@ -321,7 +357,9 @@ def whole(x: jax.Array) -> jax.Array:
 
     For a model's residual stream. Without it XLA may divide that too, and then has to move weight gradients around.
     """
-    return jax.lax.with_sharding_constraint(x, P()) if "tensor" in jax.sharding.get_abstract_mesh().auto_axes else x
+    axes = jax.sharding.get_abstract_mesh().auto_axes
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in axes)
+    return jax.lax.with_sharding_constraint(x, P(rows or None)) if "tensor" in axes else x
 
 
 def tensor_axis(leaf: Any) -> int | None:

@@ -12,13 +12,13 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey, GetAttrKey
 
 Array = jax.Array | np.ndarray
 PyTree = Any  # containers of arrays, or of what stands for them
@@ -88,7 +88,7 @@ class Layout:
 
 def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
     """The leaves of any pytree with their paths, in the tree's own order."""
-    leaves = [(_path(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
+    leaves, _ = _with_paths(params)
     if len({path for path, _ in leaves}) < len(leaves):
         raise ValueError(
             "Two leaves of params have the same path; a key that holds '/' makes this possible. Rename one."
@@ -98,8 +98,8 @@ def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
 
 def replace_leaves(params: Params, new: Mapping[str, Any]) -> Params:
     """`params` with the leaves named in `new` exchanged; every other leaf is the same object."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(params)
-    return jax.tree_util.tree_unflatten(tree, [new.get(_path(keys), leaf) for keys, leaf in paths])
+    leaves, tree = _with_paths(params)
+    return jax.tree_util.tree_unflatten(tree, [new.get(path, leaf) for path, leaf in leaves])
 
 
 def select(params: PyTree, targets: Targets = None) -> dict[str, jax.Array]:
@@ -214,11 +214,20 @@ def _check_fits(layout: Layout, params) -> None:
             )
 
 
-def _path(keys) -> str:
-    # An NNX State is a dict of Variables, each of which adds an attribute `value` around its array.
-    if len(keys) > 1 and keys[-1] == GetAttrKey("value") and isinstance(keys[-2], DictKey):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
+def _with_paths(params) -> tuple[list[tuple[str, Any]], Any]:
+    """([(path, leaf), ...], the tree's structure)"""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    # An NNX Variable, of a Module or of a State, adds a key around its array. Its path is the Variable's own.
+    nnx, variables = sys.modules.get("flax.nnx"), set()
+    if nnx is not None:
+        inner = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
+        variables = {keys for keys, leaf in inner if isinstance(leaf, nnx.Variable)}
+
+    def path(keys):
+        own = keys[:-1] if keys[:-1] in variables else keys
+        return jax.tree_util.keystr(own, simple=True, separator="/")
+
+    return [(path(keys), leaf) for keys, leaf in leaves], tree
 
 
 def _natural(path: str) -> list:

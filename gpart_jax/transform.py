@@ -17,9 +17,12 @@ from jax.typing import ArrayLike
 from gpart_jax import partition as partitions
 from gpart_jax import primitive
 from gpart_jax.dropout import key_words
+from gpart_jax.linear import Split, is_kernel
 from gpart_jax.lowerings.base import Call, Cut, Where, as_table
 from gpart_jax.partition import Partition
 from gpart_jax.targets import Layout, Params, Targets, canonical_layout, named_leaves, replace_leaves
+
+APPLY = ("sum", "split")
 
 
 def gpart_transform(
@@ -99,6 +102,7 @@ def bind(
     key: jax.Array | None = None,
     split: dict[str, int | None] | None = None,
     kernels: bool | None = None,
+    apply: str = "sum",
 ) -> Callable:
     """adapt(params, layer=None): `params`, or a part of the model such as one layer's, with P theta added where it belongs.
 
@@ -112,7 +116,10 @@ def bind(
       split: for each targeted path the axis along which "tensor" divides the leaf, or None. Each device then makes its own
         part from its own copy of theta, and its copy's gradient from its own part: nothing is communicated, and the copies'
         gradients are yet to be summed.
+      apply: "sum"; or "split", which leaves the kernels that our models apply (`linear.is_kernel`) as pairs, `linear.Split`.
     """
+    if apply not in APPLY:
+        raise ValueError(f"apply = {apply!r} must be one of {', '.join(APPLY)}.")
     if theta.shape[-1] != partition.d:
         raise ValueError(f"theta has shape {theta.shape}, but the partition has d = {partition.d}.")
     if not 0 <= dropout < 1:
@@ -144,14 +151,20 @@ def bind(
             call = Call(region.scheme, region.d, cuts, layer is not None, rate, split is not None)
             weights = [leaves[view.leaf.path] for view in views]
             weights = [weight if view.layer is None else weight[view.layer] for view, weight in zip(views, weights)]
-            results = primitive.adapt(call, table, weights, Where(keys, layer, None, drop), kernels)
-            for view, result in zip(views, results):
-                adapted.setdefault(view.leaf.path, {})[view.layer] = result
+            apart = [apply == "split" and is_kernel(view.leaf.path, weight) for view, weight in zip(views, weights)]
+            added_to = [jnp.zeros_like(weight) if alone else weight for weight, alone in zip(weights, apart)]
+            results = primitive.adapt(call, table, added_to, Where(keys, layer, None, drop), kernels)
+            for view, weight, result, alone in zip(views, weights, results, apart):
+                adapted.setdefault(view.leaf.path, {})[view.layer] = Split(weight, result) if alone else result
         return replace_leaves(
-            params, {path: of[None] if None in of else jnp.stack([of[n] for n in sorted(of)]) for path, of in adapted.items()}
+            params, {path: of[None] if None in of else _stacked([of[n] for n in sorted(of)]) for path, of in adapted.items()}
         )  # fmt: skip
 
     return adapt
+
+
+def _stacked(layers: list):
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
 
 
 def _cut(view, table, split) -> Cut:

@@ -25,11 +25,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
+from experiments.build import fitted
+from experiments.config import parse_mesh
 from experiments.data import Task
-from experiments.evaluate import fitted
+from experiments.flops import matmul_flops
 from experiments.logger import quiet
 from experiments.optimizer import make_optimizer
-from experiments.step import make_loss, make_outputs, make_train_step
+from experiments.step import make_loss, make_outputs, make_train_step, trained_shardings
 from experiments.tasks.math import TRAINING_DATA
 from experiments.text import INPUTS
 from gpart_jax import sharding
@@ -62,6 +64,7 @@ class Step(NamedTuple):
     params: int  # numbers of the whole model
     held: dict[str, Any]  # the arguments by what they are: trees
     attended: float  # the share of its blocks of scores that a TPU's attention kernel makes
+    divided: int  # among how many devices the matrix products are, whose shapes the program has
 
 
 def describe(config, mesh, length: int | None = None, part: str = "train") -> Step:
@@ -108,25 +111,29 @@ def describe(config, mesh, length: int | None = None, part: str = "train") -> St
     method = from_spec(config.method.to_dict(), config.head_targets)
     trainable = jax.eval_shape(method.init, frozen, jax.random.key(0))
     everywhere = NamedSharding(mesh, P())
-    trainable, tables = _on(everywhere, (trainable, jax.eval_shape(lambda: method.tables(frozen))))
+    optimizer = make_optimizer(1000, **config.optimizer)
+    state = jax.eval_shape(optimizer.init, trainable)
+    own = trained_shardings(trainable, state, shardings)
+    trainable, state = jax.tree.map(_as_struct, (trainable, state), own)
+    tables = _on(everywhere, jax.eval_shape(lambda: method.tables(frozen)))
     held = {
-        "frozen weights": jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), frozen, shardings),
+        "frozen weights": jax.tree.map(_as_struct, frozen, shardings),
         "trained numbers": trainable,
         "the method's tables": tables,
         "batch": _on(NamedSharding(mesh, sharding.BATCH), batch),
     }
     size, attended = sum(leaf.size for leaf in jax.tree.leaves(frozen)), share(model.config.pattern, length)
+    divided = mesh.size if sharding.LEAVES in trainable else mesh.shape["tensor"]
     frozen, batch = held["frozen weights"], held["batch"]
     if part == "generate":
         return _generation(model, mesh, frozen, rows, length, size)
     if part == "evaluate":
         function = make_outputs(model, task, method, shardings)
-        return Step(function, (trainable, frozen, batch, tables), size, held, attended)
-    optimizer = make_optimizer(1000, **config.optimizer)
-    held["optimizer"] = _on(everywhere, jax.eval_shape(optimizer.init, trainable))
+        return Step(function, (trainable, frozen, batch, tables), size, held, attended, divided)
+    held["optimizer"] = state
     key = _on(everywhere, jax.eval_shape(jax.random.key_data, jax.random.key(0)))
     function = make_train_step(make_loss(model, task), method, optimizer, shardings, config.train.accumulate)
-    return Step(function, (trainable, held["optimizer"], frozen, batch, key, 0, tables), size, held, attended)
+    return Step(function, (trainable, held["optimizer"], frozen, batch, key, 0, tables), size, held, attended, divided)
 
 
 def _generation(model, mesh, params, rows: int, columns: int, size: int) -> Step:
@@ -141,40 +148,20 @@ def _generation(model, mesh, params, rows: int, columns: int, size: int) -> Step
     held = _on(by_row, jax.ShapeDtypeStruct((rows,), jnp.int32))
     key = _on(NamedSharding(mesh, P()), jax.eval_shape(jax.random.key_data, jax.random.key(0)))
     arguments = *program.static, NEW_TOKENS, 0.0, 1.0, params, held, key, state
-    return Step(generate.write, arguments, size, {"weights": params, "cache": cache, "logits": state.logits}, 1.0)
+    return Step(generate.write, arguments, size, {"weights": params, "cache": cache, "logits": state.logits}, 1.0, mesh.shape["tensor"])
 
 
 def _on(sharding, tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    return jax.tree.map(lambda x: _as_struct(x, sharding), tree)
+
+
+def _as_struct(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def device_bytes(tree) -> int:
     """Bytes on each device of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def matmul_flops(jaxpr, share: int) -> float:
-    """Floating-point operations of a device in matrix products outside of its kernels, all of its loops' trips counted.
-
-    Args:
-      jaxpr: of the step; inside its shard_map over "data" and "fsdp" shapes are those of one device, but for "tensor".
-      share: the size of "tensor", which divides the matrix products evenly.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += (
-                2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted) / share
-            )
-        if equation.primitive.name == "pallas_call":
-            continue
-        trips = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in jax.tree.leaves(equation.params):
-            if hasattr(inner, "eqns"):  # a jaxpr, as the body of a loop or of a function
-                total += trips * matmul_flops(inner, share)
-    return total
 
 
 def model_flops(config, mesh, length: int | None = None, part: str = "train") -> float:
@@ -183,7 +170,7 @@ def model_flops(config, mesh, length: int | None = None, part: str = "train") ->
     with config.unlocked():
         config.model.update(remat="none", attention="xla")  # whose products are counted
     step = describe(config, mesh, length, part)
-    return matmul_flops(step.function.trace(*step.arguments).jaxpr, mesh.shape["tensor"])
+    return matmul_flops(step.function.trace(*step.arguments).jaxpr, step.divided)
 
 
 def tpu_devices(chip: str, count: int):
@@ -196,14 +183,6 @@ def tpu_devices(chip: str, count: int):
     cycles.dump()
     name = f"{chip}:{TOPOLOGIES[chip][count]}"
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """ "data:16,tensor:4" -> {"data": 16, "tensor": 4}."""
-    try:
-        return {axis: int(size) for axis, size in (part.split(":") for part in text.split(","))}
-    except ValueError:
-        raise app.UsageError(f"--mesh={text} must look like data:16,tensor:4.") from None
 
 
 def report(step: Step, compiled, jaxpr, mesh, chip: str | None) -> str:
@@ -219,7 +198,7 @@ def report(step: Step, compiled, jaxpr, mesh, chip: str | None) -> str:
     rows = [
         *((name, f"{size / GIB:.3f} GiB") for name, size in sizes.items()),
         ("in all", f"{total / GIB:.3f} GiB"),
-        ("matrix products", f"{matmul_flops(jaxpr, mesh.shape['tensor']) / 1e12:.2f} TFLOP"),
+        ("matrix products", f"{matmul_flops(jaxpr, step.divided) / 1e12:.2f} TFLOP"),
     ]
     by_kind = collections.defaultdict(lambda: [0, 0])
     for one in hlo.collectives(compiled.as_text()):

@@ -2,7 +2,7 @@
 
   python -m launch.local --processes=2 --devices=4 --config=configs/quickstart.py --workdir=runs/two
 
-All other arguments go to `python -m experiments.train`. If a process dies, the others are stopped and all are started
+All other arguments go to `python -m experiments.train`, or to another --module, as experiments.evaluate. If a process dies, the others are stopped and all are started
 again: they go on from the last checkpoint. SIGTERM or Ctrl-C have all of them save a checkpoint and leave.
 """
 
@@ -22,13 +22,14 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="how many processes (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=4, help="virtual CPU devices of each (default: %(default)s)")
     parser.add_argument("--restarts", type=int, default=3, help="how often to start again (default: %(default)s)")
+    parser.add_argument("--module", default="experiments.train", help="what to run (default: %(default)s)")
     options, arguments = parser.parse_known_args()
 
     stopping = []  # a signal that came to this launcher
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stopping.append(number))
     for attempt in range(options.restarts + 1):
-        code = run_once(options.processes, options.devices, arguments, stopping)
+        code = run_once(options.processes, options.devices, [options.module, *arguments], stopping)
         if code == 0 or stopping:
             return code
         if attempt < options.restarts:
@@ -37,8 +38,8 @@ def main() -> int:
     return code
 
 
-def run_once(processes: int, devices: int, arguments: list[str], stopping: list) -> int:
-    """Starts all processes and waits for them. Returns 0, or the code of the first that failed, once all are gone."""
+def run_once(processes: int, devices: int, module: list[str], stopping: list) -> int:
+    """Starts all processes of a module with its arguments, and waits for them. Returns 0, or the code of the first that failed, once all are gone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -48,7 +49,7 @@ def run_once(processes: int, devices: int, arguments: list[str], stopping: list)
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(processes),
     }
-    command = [sys.executable, "-m", "experiments.train", *arguments]
+    command = [sys.executable, "-m", *module]
     started = [  # in a session of their own, so that the terminal's Ctrl-C comes to this launcher alone
         subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(index)}, start_new_session=True)
         for index in range(processes)

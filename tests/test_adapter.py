@@ -83,7 +83,7 @@ def test_it_says_how_it_was_made_defaults_included(params, tmp_path):
     metadata = json.loads(header["__metadata__"]["gpart_jax"])
     assert metadata["method"] == SPECS[0] | {
         "scheme": "balanced-v1", "scope": "global", "isometric": True, "dropout": 0.0, "init_bound": 0.0,
-        "stacked": None
+        "stacked": None, "apply": "sum"
     }  # fmt: skip
     assert metadata["n"] == 60 and metadata["head_targets"] == HEAD
 

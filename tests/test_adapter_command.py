@@ -2,18 +2,22 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gpart_jax import adapter as artifact
+from gpart_jax import serving
 from gpart_jax.adapter import Adapter
 from gpart_jax.adapter.__main__ import main
 from gpart_jax.interop import huggingface, peft
 from gpart_jax.methods import from_spec
+from gpart_jax.models import pretrained
 
 BASE = str(pathlib.Path(__file__).parent / "data" / "encoder" / "bert_pair")
 
@@ -93,3 +97,39 @@ def test_help_names_the_commands_and_warns_of_nothing():
     assert done.returncode == 0 and not done.stderr
     for name in ("inspect", "check", "merge", "diff", "to-peft", "from-peft"):
         assert f"    {name}" in done.stdout
+
+
+def test_a_model_without_a_pooler_takes_its_own_adapter_back(tmp_path, capsys):
+    """The pooler that a run drew is in no file but the adapter."""
+    from safetensors.numpy import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    kept = {n: x for n, x in load_file(base / "model.safetensors").items() if "pooler" not in n and "classifier" not in n}
+    save_file(kept, base / "model.safetensors")
+    model, params = pretrained.load_encoder(base, 3, key=jax.random.key(9))
+    drawn = pretrained.drawn(base, model)
+    assert drawn == ("classifier/", "pooler/")
+    method = from_spec({"name": "gpart", "d": 9, "seed": 1, "targets": "query/kernel"}, "^classifier/")
+    trainable = method.init(params, jax.random.key(0)) | {"theta": jnp.ones(9)}
+    artifact.save_adapter(tmp_path / "a", method, trainable, params, drawn=drawn)
+    expected = method.apply(params, trainable)
+
+    assert main(["check", str(tmp_path / "a"), str(base)]) == 0, capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "a"), str(base), str(tmp_path / "merged")]) == 0
+    _, merged = huggingface.load_base(tmp_path / "merged")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), merged, expected)
+    tensors = artifact.load_adapter(tmp_path / "a").tensors
+    assert {"given/pooler/kernel", "given/pooler/bias", "head/classifier/kernel", "theta"} <= tensors.keys()
+    with pytest.raises(ValueError, match="given/pooler/.* can't be served"):
+        serving.stack([artifact.load_adapter(tmp_path / "a")])
+
+
+def test_a_full_adapter_brings_a_head_of_another_size(tmp_path, capsys):
+    model, params = pretrained.load_encoder(BASE, 5, key=jax.random.key(9))
+    method = from_spec({"name": "full"}, "^classifier/")
+    trainable = jax.tree.map(lambda x: x + 0.5, method.init(params, jax.random.key(0)))
+    artifact.save_adapter(tmp_path / "a", method, trainable, params, drawn=pretrained.drawn(BASE, model))
+    assert main(["merge", str(tmp_path / "a"), BASE, str(tmp_path / "merged")]) == 0, capsys.readouterr().err
+    _, merged = huggingface.load_base(tmp_path / "merged")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), merged, method.apply(params, trainable))

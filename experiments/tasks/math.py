@@ -37,11 +37,12 @@ def load_reasoning(
     seed: int,
     max_length: int,
     train_examples: int | None = None,
+    validation_examples: int | None = None,
     test_examples: int = 500,
     source: str = "meta-math/MetaMathQA",
     data_dir: str | None = None,
 ) -> Task:
-    """Texts to train on, and others whose loss is the test.
+    """Texts to train on, others whose loss is the test, and, if asked for, others whose loss chooses the epoch.
 
     Args:
       name: of TRAINING_DATA. "gsm8k" is tested on its test split, "metamathqa" on examples held out of it, "problems" are
@@ -50,6 +51,7 @@ def load_reasoning(
       seed: of what is held out, and of the problems.
       max_length: in tokens; see `encode_training`.
       train_examples: only the first so many; None means all, of problems 2,000.
+      validation_examples: so many are held out of those to train on; None: none, and the last epoch is tested.
       test_examples: so many, or all there are.
       source: of MetaMathQA, as in `read_metamathqa`.
       data_dir: of GSM8K, as in `read_gsm8k`.
@@ -61,17 +63,21 @@ def load_reasoning(
         train, test = read_gsm8k("train", data_dir), read_gsm8k("test", data_dir)
     else:
         if name == "problems":
-            made = make_problems((train_examples or 2000) + test_examples, seed)
+            made = make_problems((train_examples or 2000) + (validation_examples or 0) + test_examples, seed)
         else:
             made = read_metamathqa(source)
             random.Random(seed).shuffle(made)
         test, train = made[:test_examples], made[test_examples:]
+    held_out = validation_examples or 0
+    if not 0 <= held_out < len(train):
+        raise ValueError(f"validation_examples = {held_out} must leave some of {len(train)} texts of {name} to train on.")
+    validation, train = train[:held_out], train[held_out:]
     if not 1 <= (train_examples or 1) <= len(train):
         raise ValueError(f"train_examples = {train_examples} must be between 1 and {len(train)}, all of {name}.")
     train, test = train[:train_examples], test[:test_examples]
-    for split, examples in {"train": train, "test": test}.items():
+    for split, examples in {"train": train, "validation": validation, "test": test}.items():
         encode_training(vocabulary, examples, max_length, f"{name} {split}")
-    return language_task(train, test, max_length=max_length)
+    return language_task(train, validation, test, max_length=max_length)
 
 
 def encode_training(vocabulary: Vocabulary, examples: list[dict], max_length: int, name: str) -> None:

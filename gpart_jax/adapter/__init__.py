@@ -15,6 +15,7 @@ import operator
 import os
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from gpart_jax import sharding
+from gpart_jax import linear, sharding
 from gpart_jax.adapter import file
 from gpart_jax.adapter.fingerprint import base_fingerprint
-from gpart_jax.methods import Method, from_spec
+from gpart_jax.methods import Method, chain, from_spec
+from gpart_jax.methods.leaves import given
 from gpart_jax.partition import SIGNED_MAGNITUDE
 from gpart_jax.targets import (
     Layout,
@@ -46,7 +48,7 @@ _BELONGS = {  # what must agree before an adapter may be applied, and how to say
     "layout": "canonical layout (which weights are adapted, their shapes and order)",
     "base": "base model's weights",
 }
-_FREE = ("dropout", "init_bound")  # options of a method that don't matter once it is trained
+_FREE = ("dropout", "init_bound", "apply")  # options of a method that don't matter once it is trained
 
 
 class Merged(NamedTuple):
@@ -81,7 +83,8 @@ class Adapter:
 
     method: as `methods.from_spec` takes it, with every option written out: name, d, seed, scheme and its version
       ("balanced-v1"), scope, targets, ...
-    tensors: what was trained, NumPy arrays by name: "theta", "head/classifier/kernel", ...
+    tensors: what was trained, NumPy arrays by name: "theta", "head/classifier/kernel", ...; and "given/pooler/kernel", ...: what
+      wasn't, and is in no file of the base model's.
     head_targets: pattern(s) of the leaves trained beside it, if any.
     n: N, the number of adapted weights.
     layout, base: fingerprints of the canonical layout and of the base model's weights (`fingerprint.py`).
@@ -104,6 +107,7 @@ class Adapter:
         params: PyTree,
         head_targets: Targets = None,
         metadata: dict | None = None,
+        drawn: Sequence[str] = (),
     ) -> "Adapter":
         """What was trained on `params`. Under several processes all call it.
 
@@ -112,6 +116,8 @@ class Adapter:
           trainable: the trained pytree of that method.
           params: the frozen model it was trained on.
           metadata: anything of yours that JSON can hold.
+          drawn: the beginnings of paths of what no file holds, as `pretrained.drawn` gives them. Those leaves are no part of the
+            base model; what of them isn't trained is kept in the adapter as it is.
 
         Raises:
           ValueError: a trainable that isn't the method's on these params, or a chain that an adapter can't hold.
@@ -125,8 +131,14 @@ class Adapter:
         tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(sharding.fetch(trainable))}
         if wanted != (found := _shapes(tensors)):
             raise ValueError(f"{method.name!r} trains {wanted} on these params, but the trainable is {found}.")
-        spec = {"name": method.name} | method.options
-        return cls(spec, tensors, method.head_targets, **_identity(spec, method.head_targets, params), metadata=metadata or {})
+        spec, trained = {"name": method.name} | method.options, {name.partition("/")[2] for name in tensors}
+        kept = {
+            f"given/{path}": np.ascontiguousarray(sharding.fetch(leaf))
+            for path, leaf in named_leaves(params)
+            if path.startswith(tuple(drawn)) and path not in trained
+        }
+        own = _identity(spec, method.head_targets, params, kept)
+        return cls(spec, tensors | kept, method.head_targets, **own, metadata=metadata or {})
 
     @property
     def theta(self) -> np.ndarray:
@@ -172,9 +184,11 @@ class Adapter:
             d = str(self.method["d"])[:40]
             raise ValueError(f"The adapter is damaged: d is {d}, but the shape of theta is {stored.get('theta')}.")
         try:
-            method = from_spec(self.method, self.head_targets)
+            method, kept = from_spec(self.method, self.head_targets), [name for name in stored if name.startswith("given/")]
+            if kept:
+                method = chain(method, given([f"^{re.escape(name.removeprefix('given/'))}$" for name in kept]))
             shapes = jax.eval_shape(method.init, params, jax.random.key(0))
-            found = _identity(self.method, self.head_targets, params)
+            found = _identity(self.method, self.head_targets, params, kept)
         except (TypeError, KeyError, IndexError, OverflowError, re.error) as error:
             raise ValueError(f"The adapter's method {str(self.method)[:200]} can't be made: {error}.") from None
         for field, meaning in _BELONGS.items():
@@ -211,7 +225,7 @@ class Adapter:
             exact = adapt(jax.tree.map(_wide, frozen), trainable, tables)
             new, off, moved = {}, jnp.zeros(()), jnp.zeros(())
             for path, x in exact.items():
-                new[path] = x.astype(dtype or (x if path in replaced else frozen[path]).dtype)
+                new[path] = x.astype(dtype or frozen[path].dtype)
                 if path not in replaced:
                     off += jnp.sum((_wide(new[path]) - x) ** 2)
                     moved += jnp.sum((x - _wide(frozen[path])) ** 2)
@@ -353,20 +367,27 @@ def check_shared(a: Adapter, b: Adapter) -> None:
 
 
 def save_adapter(
-    path: str | os.PathLike, method: Method | dict, trainable: PyTree, params: PyTree, head_targets: Targets = None
+    path: str | os.PathLike,
+    method: Method | dict,
+    trainable: PyTree,
+    params: PyTree,
+    head_targets: Targets = None,
+    drawn: Sequence[str] = (),
 ) -> None:
-    """`Adapter.of(method, trainable, params).save(path)`."""
-    Adapter.of(method, trainable, params, head_targets).save(path)
+    """`Adapter.of(method, trainable, params, drawn=drawn).save(path)`."""
+    Adapter.of(method, trainable, params, head_targets, drawn=drawn).save(path)
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in named_leaves(tree)}
 
 
-def _identity(spec: dict, head_targets: Targets, params) -> dict:
+def _identity(spec: dict, head_targets: Targets, params, kept: Iterable[str]) -> dict:
     trained = head_targets if spec["name"] == "head" and spec.get("targets") is None else spec.get("targets")
     layout = canonical_layout(params, trained)
-    return {"n": layout.size, "layout": layout.fingerprint(), "base": base_fingerprint(params, head_targets)}
+    others = {name.removeprefix("given/") for name in kept}
+    base = {path: leaf for path, leaf in named_leaves(params) if path not in others}
+    return {"n": layout.size, "layout": layout.fingerprint(), "base": base_fingerprint(base, head_targets)}
 
 
 def _adapting(method: Method, params):
@@ -375,7 +396,7 @@ def _adapting(method: Method, params):
     like = replace_leaves(params, shapes)
 
     def adapt(leaves, trainable, tables):
-        adapted = method.bind(like, trainable, None, False, tables)(leaves)
+        adapted = linear.merged(method.bind(like, trainable, None, False, tables)(leaves))
         return {path: leaf for path, leaf in adapted.items() if leaf is not leaves[path]}
 
     return adapt
@@ -391,7 +412,7 @@ def _jit_in_place(compute, leaves: dict, trainable, tables):
 
 def _replaced(trainable: dict) -> set[str]:
     """The paths of leaves that a method exchanges instead of adding to them."""
-    return {path for name in ("head", "params", "bias") for path in trainable.get(name, {})}
+    return {path for name in ("head", "params", "bias", "given") for path in trainable.get(name, {})}
 
 
 def _wide(x):

@@ -56,8 +56,8 @@ def load_base(source: str | os.PathLike, adapter: Adapter | None = None) -> tupl
         return pretrained_decoder.load_decoder(source, dtype=jnp.dtype(dtype))
     if family not in LOAD:
         raise ValueError(f"{source} is a {family!r}; what can be read here is {', '.join((*LOAD, *FAMILIES))}.")
-    head = adapter.head if adapter else {}
-    biases = [head[path] for path in ("classifier/bias", "classifier/out_proj/bias") if path in head]
+    trained = {name.partition("/")[2]: x for name, x in adapter.tensors.items()} if adapter else {}
+    biases = [trained[path] for path in ("classifier/bias", "classifier/out_proj/bias") if path in trained]
     outputs = len(biases[0]) if biases else len(config.get("id2label", {})) or config.get("num_labels", 2)
     return LOAD[family](source, outputs, key=jax.random.key(0))
 

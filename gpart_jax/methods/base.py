@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gpart_jax.linear import merged
 from gpart_jax.sharding import one_copy
 from gpart_jax.targets import Layout, Params, PyTree, Targets, canonical_layout, named_leaves, replace_leaves
 
@@ -20,8 +21,9 @@ class Method(NamedTuple):
     """Pure functions; a trainable is a dict of pytrees.
 
     init(params, key) -> trainable.
-    bind(params, trainable, key=None, on_mesh=False, tables=None) -> adapt: prepares what is needed once for the whole of
-      params (or `jax.ShapeDtypeStruct`s of them). `adapt(part)` adapts any part of params; `adapt({"layers": slices},
+    bind(params, trainable, key=None, on_mesh=False, tables=None, rows=None) -> adapt: prepares what is needed once for the whole
+      of params (or `jax.ShapeDtypeStruct`s of them). `rows`, int (B,), are the numbers of a batch's rows, by which a method draws
+      dropout on activations. `adapt(part)` adapts any part of params; `adapt({"layers": slices},
       layer=index)` the slices of stacked leaves that the body of a scan holds. `on_mesh` is for `sharding.value_and_grad`:
       params then have NamedShardings, and each leaf of the trainable a copy for each device along "tensor", (T, ...).
     tables(params) -> pytree: what the method's seed gives, such as a partition; neither trained nor saved. As an argument of
@@ -42,8 +44,8 @@ class Method(NamedTuple):
     head_targets: Targets = None
 
     def apply(self, params: Params, trainable: dict, key: jax.Array | None = None, tables: PyTree = None) -> Params:
-        """The adapted params; a key turns on dropout on the delta."""
-        return self.bind(params, trainable, key, False, tables)(params)
+        """The adapted params, arrays all of them; a key turns on dropout on the delta."""
+        return merged(self.bind(params, trainable, key, False, tables)(params))
 
 
 METHODS: dict[str, Callable[..., Method]] = {}
@@ -81,10 +83,10 @@ def chain(*methods: Method) -> Method:
     def make_tables(params):
         return [method.tables(params) for method in methods]
 
-    def bind(params, trainable, key=None, on_mesh=False, tables=None):
+    def bind(params, trainable, key=None, on_mesh=False, tables=None, rows=None):
         keys = [None if key is None else jax.random.fold_in(key, number) for number in range(len(methods))]
         tables = [None] * len(methods) if tables is None else tables
-        adapts = [method.bind(params, trainable, key, on_mesh, own) for method, key, own in zip(methods, keys, tables)]
+        adapts = [method.bind(params, trainable, key, on_mesh, own, rows) for method, key, own in zip(methods, keys, tables)]
 
         def adapt(part, layer=None):
             for one in adapts:

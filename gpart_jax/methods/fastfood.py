@@ -48,7 +48,7 @@ def fastfood(d: int, seed: int = 0, *, targets: Targets = None, stacked: str | N
         del params
         return np.array(uint64.split(number), np.uint32)
 
-    def bind(params, trainable, key=None, on_mesh=False, tables=None):
+    def bind(params, trainable, key=None, on_mesh=False, tables=None, rows=None):
         layout = layout_of(params)
         key = make_tables(params) if tables is None else tables
         leaves = {leaf.path: leaf for leaf in layout.leaves}

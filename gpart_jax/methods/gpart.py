@@ -22,6 +22,7 @@ def gpart(
     dropout: float = 0.0,
     init_bound: float = 0.0,
     stacked: str | None = None,
+    apply: str = "sum",
 ) -> Method:
     """GPart: W = W0 + P theta with theta of d numbers (arXiv 2605.14841).
 
@@ -31,12 +32,16 @@ def gpart(
       targets, scheme, scope, isometric, dropout: as in `gpart_transform`.
       init_bound: theta starts uniform in [-init_bound, init_bound]; 0, as in the paper, is the base model itself.
       stacked: a pattern of leaves whose first axis counts layers, as in `canonical_layout`.
+      apply: "sum": W0 + P theta, rounded to W0's dtype. "split", for the models of `gpart_jax.models`: their layers get W0 and
+        P theta apart, and compute x W0 + x P theta, so that bfloat16 loses nothing of a small theta (`linear.py`).
 
     Returns:
       A `Method` that trains {"theta": float32 (d,)}.
     """
     if init_bound < 0:
         raise ValueError(f"init_bound = {init_bound} must not be negative.")
+    if apply not in transform.APPLY:
+        raise ValueError(f"apply = {apply!r} must be one of {', '.join(transform.APPLY)}.")
 
     def init(params, key):
         layout = canonical_layout(params, targets, stacked=stacked)
@@ -48,7 +53,7 @@ def gpart(
         options = dict(scheme=scheme, scope=scope, isometric=isometric, params=params)
         return make_partition(layout, d, seed, **options).tables
 
-    def bind(params, trainable, key=None, on_mesh=False, tables=None):
+    def bind(params, trainable, key=None, on_mesh=False, tables=None, rows=None):
         layout = canonical_layout(params, targets, stacked=stacked)
         regions = regions_of(layout, d, scheme=scheme, scope=scope)
         tables = make_tables(params) if tables is None else tables
@@ -57,6 +62,6 @@ def gpart(
         )
         leaves = dict(named_leaves(params))
         split = {leaf.path: tensor_axis(leaves[leaf.path]) for leaf in partition.layout.leaves} if on_mesh else None
-        return transform.bind(partition, trainable["theta"], dropout, key if dropout else None, split)
+        return transform.bind(partition, trainable["theta"], dropout, key if dropout else None, split, apply=apply)
 
     return Method(init, bind, make_tables, linear=True)

@@ -2,50 +2,82 @@
 
 import dataclasses
 import math
+import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpart_jax import transform, uint64
-from gpart_jax.methods.base import Method, adding, layer_of, matrices, one_of, registered
+from gpart_jax import linear, transform, uint64
+from gpart_jax.methods.base import Method, layer_of, matrices, one_of, registered
 from gpart_jax.partition import make_partition, seed_to_int
-from gpart_jax.targets import Targets, canonical_layout
+from gpart_jax.targets import Targets, canonical_layout, named_leaves, replace_leaves
 
 
-def _check_rank(rank: int, method: str) -> None:
+APPLY = ("sum", "factors")
+
+
+def _check(rank: int, dropout: float, apply: str, method: str) -> None:
     if rank < 1:
         raise ValueError(f"{method}'s rank must be at least 1, not {rank}.")
+    if apply not in APPLY:
+        raise ValueError(f"apply = {apply!r} must be one of {', '.join(APPLY)}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout} must be in [0, 1).")
+    if dropout and apply == "sum":
+        raise ValueError(f"dropout = {dropout} is of what goes into the factors, and needs apply='factors'.")
 
 
-def _products(factors: dict, scale: float):
-    """deltas(path, layer) = scale * A B."""
+def _low_rank(factors: Callable, apply: str, dropout: float, key: jax.Array | None, rows: jax.Array | None) -> Callable:
+    """adapt(part, layer=None) that adds A B to the leaves, or has our models apply it apart (`linear.LowRank`).
 
-    def deltas(path, layer):
-        if path not in factors:
-            return None
-        pair = layer_of(factors[path], layer)
-        return scale * (pair["a"] @ pair["b"])
+    Args:
+      factors: factors(path, layer) -> (A, B) of a leaf or of one of its layers, or None.
+    """
+    if dropout == 0 or rows is None:
+        key = None
 
-    return deltas
+    def adapt(part, layer=None):
+        adapted = {}
+        for path, leaf in named_leaves(part):
+            if (pair := factors(path, layer)) is None:
+                continue
+            a, b = pair
+            if apply == "sum" or not linear.is_kernel(path, leaf):
+                adapted[path] = (leaf + a @ b).astype(leaf.dtype)
+                continue
+            keys = None
+            if key is not None:
+                fold, own = jax.random.fold_in, jax.random.fold_in(key, zlib.crc32(path.encode()))
+                keys = jax.vmap(lambda row: jax.random.key_data(fold(fold(own, 0 if layer is None else layer), row)))(rows)
+            adapted[path] = linear.LowRank(leaf, a, b, keys, 1 - dropout)
+        return replace_leaves(part, adapted)
+
+    return adapt
 
 
 @registered
-def lora(rank: int, alpha: float | None = None, *, targets: Targets = None) -> Method:
+def lora(
+    rank: int, alpha: float | None = None, *, targets: Targets = None, dropout: float = 0.0, apply: str = "sum"
+) -> Method:
     """LoRA: W = W0 + (alpha / rank) A B, A (in, rank) and B (rank, out) (Hu et al., arXiv 2106.09685, section 4.1).
 
-    A starts Kaiming-uniform (each entry within 1 / sqrt(in)), B at zero, as in PEFT; no dropout. Trains rank (in + out)
-    numbers for each matrix.
+    A starts Kaiming-uniform (each entry within 1 / sqrt(in)), B at zero, as in PEFT. Trains rank (in + out) numbers for each
+    matrix.
 
     Args:
       rank: r >= 1.
       alpha: scale; None means alpha = rank.
       targets: as in `canonical_layout`; each targeted leaf must be a matrix (in, out), or several (..., in, out).
+      dropout: probability with which each entry of what goes into A is zeroed in training, as in PEFT.
+      apply: "sum": W0 + A B, rounded to W0's dtype. "factors", for the models of `gpart_jax.models`: their layers compute
+        x W0 + x A B as PEFT does, without an array of W0's size, and dropout is possible.
 
     Returns:
       A `Method` that trains {"lora": {path: {"a": (..., in, rank), "b": (..., rank, out)}}}, float32.
     """
-    _check_rank(rank, "LoRA")
+    _check(rank, dropout, apply, "LoRA")
     scale = (rank if alpha is None else alpha) / rank
 
     def init(params, key):
@@ -57,9 +89,15 @@ def lora(rank: int, alpha: float | None = None, *, targets: Targets = None) -> M
             factors[leaf.path] = {"a": a, "b": jnp.zeros((*stack, rank, fan_out), jnp.float32)}
         return {"lora": factors}
 
-    def bind(params, trainable, key=None, on_mesh=False, tables=None):
-        del params, key, tables
-        return adding(_products(one_of(trainable["lora"], on_mesh), scale))
+    def bind(params, trainable, key=None, on_mesh=False, tables=None, rows=None):
+        del params, tables
+        trained = one_of(trainable["lora"], on_mesh)
+
+        def factors(path, layer):
+            own = layer_of(trained[path], layer) if path in trained else None
+            return own and (own["a"], scale * own["b"])
+
+        return _low_rank(factors, apply, dropout, key, rows)
 
     return Method(init, bind)
 
@@ -75,6 +113,8 @@ def uni_lora(
     scheme: str = "balanced-v1",
     init_bound: float = 0.02,
     stacked: str | None = None,
+    dropout: float = 0.0,
+    apply: str = "sum",
 ) -> Method:
     """Uni-LoRA: the factors of LoRA on all matrices are P theta, P a global isometric partition (arXiv 2506.00799).
 
@@ -87,11 +127,12 @@ def uni_lora(
       seed, scheme: of the partition.
       init_bound: the authors' recipe has 0.02.
       stacked: a pattern of leaves whose first axis counts layers, as in `canonical_layout`.
+      dropout, apply: as in `lora`.
 
     Returns:
       A `Method` that trains {"theta": float32 (d,)}.
     """
-    _check_rank(rank, "Uni-LoRA")
+    _check(rank, dropout, apply, "Uni-LoRA")
     scale = (rank if alpha is None else alpha) / rank
 
     def shapes(params):
@@ -114,22 +155,34 @@ def uni_lora(
         partition = partition_of(params)
         return partition.tables
 
-    def bind(params, trainable, key=None, on_mesh=False, tables=None):
-        del key
+    def bind(params, trainable, key=None, on_mesh=False, tables=None, rows=None):
         partition = partition_of(params)
         if tables is not None:
             partition = dataclasses.replace(partition, **tables)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes(params))
         # On a mesh "tensor" is XLA's to divide here, and it can't divide a kernel.
         theta, kernels = one_of(trainable["theta"], on_mesh), False if on_mesh else None
-        factors = transform.bind(partition, theta, kernels=kernels)(zeros)
-        return adding(_products(factors, scale))
+        made = transform.bind(partition, theta, kernels=kernels)(zeros)
+
+        def factors(path, layer):
+            own = layer_of(made[path], layer) if path in made else None
+            return own and (own["a"], scale * own["b"])
+
+        return _low_rank(factors, apply, dropout, key, rows)
 
     return Method(init, bind, make_tables)
 
 
 @registered
-def vera(rank: int, seed: int = 0, *, targets: Targets = None, d_initial: float = 0.1) -> Method:
+def vera(
+    rank: int,
+    seed: int = 0,
+    *,
+    targets: Targets = None,
+    d_initial: float = 0.1,
+    dropout: float = 0.0,
+    apply: str = "sum",
+) -> Method:
     """VeRA: W = W0 + (A diag(d)) (B diag(b)), A and B random and shared by all matrices (arXiv 2310.11454, section 3).
 
     Of one A (widest in, rank) and one B (rank, widest out) each matrix uses the first rows and columns that it needs, as in
@@ -139,12 +192,12 @@ def vera(rank: int, seed: int = 0, *, targets: Targets = None, d_initial: float 
     Args:
       rank: r >= 1.
       seed: of A and B; an int in [0, 2^64).
-      targets: as in `lora`.
+      targets, dropout, apply: as in `lora`.
 
     Returns:
       A `Method` that trains {"vera": {path: {"d": (..., rank), "b": (..., out)}}}, float32.
     """
-    _check_rank(rank, "VeRA")
+    _check(rank, dropout, apply, "VeRA")
     key = seed_to_int(seed)
 
     def init(params, key):
@@ -164,20 +217,19 @@ def vera(rank: int, seed: int = 0, *, targets: Targets = None, d_initial: float 
         rows, columns = (max(leaf.shape[axis] for leaf in leaves) for axis in (-2, -1))
         return {"a": _kaiming(key, 0, (rows, rank), rows), "b": _kaiming(key, 1, (rank, columns), rank)}
 
-    def bind(params, trainable, key=None, on_mesh=False, tables=None):
-        del key
+    def bind(params, trainable, key=None, on_mesh=False, tables=None, rows=None):
         shared = make_tables(params) if tables is None else tables
         trained = one_of(trainable["vera"], on_mesh)
         shapes = {leaf.path: leaf.shape for leaf in matrices(params, targets, "VeRA").leaves}
 
-        def deltas(path, layer):
+        def factors(path, layer):
             if path not in trained:
                 return None
-            own, (rows, columns) = layer_of(trained[path], layer), shapes[path][-2:]
-            a = own["d"][..., None, :] * shared["a"][:rows]  # (..., in, rank)
-            return a @ (shared["b"][:, :columns] * own["b"][..., None, :])
+            own, (fan_in, fan_out) = layer_of(trained[path], layer), shapes[path][-2:]
+            a = own["d"][..., None, :] * shared["a"][:fan_in]  # (..., in, rank)
+            return a, shared["b"][:, :fan_out] * own["b"][..., None, :]
 
-        return adding(deltas)
+        return _low_rank(factors, apply, dropout, key, rows)
 
     return Method(init, bind, make_tables)
 

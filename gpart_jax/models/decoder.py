@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from gpart_jax.linear import merged
 from gpart_jax.models.attention import Pattern, attend, choose
 from gpart_jax.models.cross_entropy import token_losses
+from gpart_jax.models.linear import Dense
 from gpart_jax.models.remat import remat
 from gpart_jax.sharding import whole
 
@@ -262,7 +264,7 @@ class Decoder(nn.Module):
         hidden = RMSNorm(config, self.dtype, self.param_dtype, name="norm")(hidden)
         head = None if config.tied else _dense(config.vocab_size, self, "lm_head")
         if weights is not None:
-            matrix = embed.embedding.T if head is None else head.variables["params"]["kernel"]  # (H, vocab_size)
+            matrix = embed.embedding.T if head is None else merged(head.variables["params"]["kernel"])  # (H, vocab_size)
             following = jnp.pad(input_ids[:, 1:], ((0, 0), (0, 1))), jnp.pad(weights[:, 1:], ((0, 0), (0, 1)))
             return token_losses(hidden, matrix, *following)
         logits = (head or embed.attend)(hidden).astype(jnp.float32)  # (B, L, vocab_size)
@@ -367,4 +369,4 @@ def _rotate(x, rope):
 
 def _dense(features, module, name, use_bias=False):
     init = nn.initializers.normal(module.config.initializer_range)
-    return nn.Dense(features, use_bias, dtype=module.dtype, param_dtype=module.param_dtype, kernel_init=init, name=name)
+    return Dense(features, use_bias, dtype=module.dtype, param_dtype=module.param_dtype, kernel_init=init, name=name)

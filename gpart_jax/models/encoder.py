@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from gpart_jax.models.attention import Pattern, attend, choose
+from gpart_jax.models.linear import Dense
 from gpart_jax.models.remat import remat_layer
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class EncoderClassifier(nn.Module):
       input_ids: int (B, L); L is at most `config.max_length`.
       attention_mask: int or bool (B, L); zero where a token is padding.
       token_type_ids: int (B, L), which sentence of a pair a token is of; all 0 by default. BERT only.
-      train: whether dropout is on.
+      train: whether dropout is on; or, likewise, the number of each row in the whole batch, int (B,), which decides its masks.
 
       adapt: a bound method (`Method.bind`), that adapts the params of the layers one by one, each where it is used; the other params
         are adapted already. None: all are.
@@ -150,22 +151,22 @@ class EncoderClassifier(nn.Module):
         attention_mask: jax.Array,
         token_type_ids: jax.Array | None = None,
         *,
-        train: bool = False,
+        train: bool | jax.Array = False,
         adapt: Callable | None = None,
     ) -> jax.Array:
-        config = self.config
-        hidden = Embeddings(config, self.dtype, name="embeddings")(input_ids, token_type_ids, train)  # (B, L, H)
+        config, rows = self.config, numbers(train, len(input_ids))
+        hidden = Embeddings(config, self.dtype, name="embeddings")(input_ids, token_type_ids, rows)  # (B, L, H)
         for index in range(config.num_layers):
             name = f"layer_{index}"
             layer = remat_layer(Layer, name, self.remat, adapt)(config, self.dtype, self.attention, name=name)
-            hidden = layer(hidden, attention_mask, train)
+            hidden = layer(hidden, attention_mask, rows)
         first = hidden[:, 0]  # (B, H), of [CLS] or <s>
         rate = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
         if config.family == "roberta":
-            return RobertaHead(config, self.num_labels, rate, name="classifier")(first, train)
+            return RobertaHead(config, self.num_labels, rate, name="classifier")(first, rows)
         pooled = nn.tanh(dense(config, config.hidden_size, self.dtype, "pooler")(first))
         # The head is float32 whatever dtype is: it is a sliver of the work, and bfloat16 leaves a score 3 digits.
-        return dense(config, self.num_labels, jnp.float32, "classifier")(dropout(rate, pooled, train))
+        return dense(config, self.num_labels, jnp.float32, "classifier")(dropout(rate, pooled, rows))
 
 
 class Embeddings(nn.Module):
@@ -173,7 +174,7 @@ class Embeddings(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, input_ids, token_type_ids, train):
+    def __call__(self, input_ids, token_type_ids, rows):
         config = self.config
         length = input_ids.shape[1]
         if length > config.max_length:
@@ -195,7 +196,7 @@ class Embeddings(nn.Module):
         total = embed(config.vocab_size, "word")(input_ids)  # (B, L, H)
         total += embed(config.type_vocab_size, "token_type")(token_type_ids)
         total += embed(config.max_positions, "position")(positions)
-        return dropout(config.hidden_dropout, norm(config, self.dtype, "norm")(total), train)
+        return dropout(config.hidden_dropout, norm(config, self.dtype, "norm")(total), rows)
 
 
 class Layer(nn.Module):
@@ -204,13 +205,13 @@ class Layer(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, hidden, attention_mask, train):
+    def __call__(self, hidden, attention_mask, rows):
         config, dtype = self.config, self.dtype
-        attended = Attention(config, dtype, self.attention, name="attention")(hidden, attention_mask, train)  # (B, L, H)
-        hidden = norm(config, dtype, "attention_norm")(hidden + dropout(config.hidden_dropout, attended, train))
+        attended = Attention(config, dtype, self.attention, name="attention")(hidden, attention_mask, rows)  # (B, L, H)
+        hidden = norm(config, dtype, "attention_norm")(hidden + dropout(config.hidden_dropout, attended, rows))
         inner = dense(config, config.intermediate_size, dtype, "intermediate")(hidden)  # (B, L, intermediate)
         outer = dense(config, config.hidden_size, dtype, "output")(ACTIVATIONS[config.hidden_act](inner))  # (B, L, H)
-        return norm(config, dtype, "output_norm")(hidden + dropout(config.hidden_dropout, outer, train))
+        return norm(config, dtype, "output_norm")(hidden + dropout(config.hidden_dropout, outer, rows))
 
 
 class Attention(nn.Module):
@@ -219,7 +220,7 @@ class Attention(nn.Module):
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, hidden, attention_mask, train):
+    def __call__(self, hidden, attention_mask, rows):
         config, rate = self.config, self.config.attention_dropout
         heads = (*hidden.shape[:2], config.num_heads, config.head_dim)  # (B, L, A, D)
         query, key, value = (
@@ -229,7 +230,7 @@ class Attention(nn.Module):
         kernel = self.attention
         if kernel == "auto":
             kernel = choose(kernel, jax.default_backend(), self.dtype, config.head_dim, config.pattern, rate)
-        drop = functools.partial(dropout, rate, train=train)
+        drop = functools.partial(dropout, rate, rows=rows)
         mixed = attend(query, key, value, attention_mask, config.pattern, kernel, drop=drop)
         return dense(config, config.hidden_size, self.dtype, "out")(mixed.reshape(hidden.shape))
 
@@ -240,15 +241,15 @@ class RobertaHead(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, first, train):
-        first = dropout(self.dropout, first, train)
+    def __call__(self, first, rows):
+        first = dropout(self.dropout, first, rows)
         inner = nn.tanh(dense(self.config, self.config.hidden_size, jnp.float32, "dense")(first))  # (B, H)
-        return dense(self.config, self.num_labels, jnp.float32, "out_proj")(dropout(self.dropout, inner, train))
+        return dense(self.config, self.num_labels, jnp.float32, "out_proj")(dropout(self.dropout, inner, rows))
 
 
-def dense(config: "EncoderConfig | ViTConfig", features: int, dtype: DTypeLike, name: str) -> nn.Dense:
+def dense(config: "EncoderConfig | ViTConfig", features: int, dtype: DTypeLike, name: str) -> Dense:
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+    return Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 def norm(config: "EncoderConfig | ViTConfig", dtype: DTypeLike, name: str) -> nn.LayerNorm:
@@ -256,33 +257,38 @@ def norm(config: "EncoderConfig | ViTConfig", dtype: DTypeLike, name: str) -> nn
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def numbers(train: bool | jax.Array, batch: int) -> jax.Array | None:
+    """The rows' numbers, int (B,), of a model's argument `train`; None: without dropout."""
+    if isinstance(train, bool):
+        return jnp.arange(batch) if train else None
+    return train
+
+
 class Dropout(nn.Module):
-    """Dropout whose mask doesn't depend on how far a batch is padded, so that padding changes nothing in training.
+    """Dropout of which a row's mask depends on the row's number alone: neither on the device that has it nor on its padding.
 
     Args:
       x: (B, H), (B, L, H), or attention weights (B, A, L, L).
+      rows: int (B,), the rows' numbers; None: there is no dropout.
     """
 
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        if not train or self.rate == 0:
+    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        if rows is None or self.rate == 0:
             return x
-        key, keep = self.make_rng("dropout"), 1 - self.rate
+        fold, keep = jax.vmap(jax.random.fold_in, (None, 0)), 1 - self.rate
 
-        def mask(key, *shape):  # random bits are numbered in row-major order: more rows leave the first as they are
-            return jax.random.bernoulli(key, keep, shape)
+        def mask(key):  # random bits are numbered in row-major order: more tokens leave those of the first as they are
+            if x.ndim < 4:
+                return jax.random.bernoulli(key, keep, x.shape[1:])
+            heads, queries, columns = x.shape[1:]
+            of_query = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (columns, heads)))
+            return of_query(fold(key, jnp.arange(queries))).transpose(2, 0, 1)
 
-        if x.ndim == 2:
-            kept = mask(key, *x.shape)
-        elif x.ndim == 3:
-            kept = mask(key, x.shape[1], x.shape[0], x.shape[2]).transpose(1, 0, 2)
-        else:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(x.shape[2]))  # of each query
-            kept = jax.vmap(lambda key: mask(key, x.shape[3], *x.shape[:2]))(keys).transpose(2, 3, 0, 1)
-        return jnp.where(kept, x / keep, 0)
+        return jnp.where(jax.vmap(mask)(fold(self.make_rng("dropout"), rows)), x / keep, 0)
 
 
-def dropout(rate: float, x: jax.Array, train: bool) -> jax.Array:
-    return Dropout(rate)(x, train)
+def dropout(rate: float, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+    return Dropout(rate)(x, rows)

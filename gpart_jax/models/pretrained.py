@@ -132,8 +132,7 @@ def _load(directory: pathlib.Path, model: nn.Module, shapes, key: jax.Array):
     config, params = model.config, {}
     expected = traverse_util.flatten_dict(shapes, sep="/")
     with contextlib.ExitStack() as stack:
-        stored = open_tensors(directory, stack)
-        found = {path: next((stored[n] for n in names(path, config.family) if n in stored), None) for path in expected}
+        found = _find(open_tensors(directory, stack), model, shapes)
         fresh = _fresh(found, config.family, model.num_labels)
         for number, (path, leaf) in enumerate(expected.items()):
             if path.startswith(fresh):
@@ -147,6 +146,23 @@ def _load(directory: pathlib.Path, model: nn.Module, shapes, key: jax.Array):
                     "model of config.json needs. Download or save the model again."
                 )
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def drawn(source: str | os.PathLike, model: nn.Module) -> tuple[str, ...]:
+    """What `load_encoder` or `load_vit` draws of a model's params, for it is in no file: the beginnings of its paths.
+
+    Raises: as they do.
+    """
+    token = jnp.zeros((1, 1), jnp.int32)
+    inputs = (token, token) if isinstance(model, EncoderClassifier) else (model.config.example,)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    with contextlib.ExitStack() as stack:
+        return _fresh(_find(open_tensors(locate(source), stack), model, shapes), model.config.family, model.num_labels)
+
+
+def _find(stored: dict[str, Tensor], model: nn.Module, shapes) -> dict[str, Tensor | None]:
+    paths, family = traverse_util.flatten_dict(shapes, sep="/"), model.config.family
+    return {path: next((stored[n] for n in names(path, family) if n in stored), None) for path in paths}
 
 
 def names(path: str, family: str) -> list[str]:

@@ -36,11 +36,11 @@ def remat(function: Any, choice: str, wrap: Callable = jax.checkpoint, **options
 
 
 def remat_layer(layer: type[nn.Module], name: str, choice: str, adapt: Callable | None) -> type[nn.Module]:
-    """The class of a model's layer `name`, called with (hidden, mask, train), under the choice's policy.
+    """The class of a model's layer `name`, called with (hidden, mask, rows), under the choice's policy.
 
     Args:
       adapt: a bound method (`Method.bind`), that adapts its params within, where they are gathered too; None: they are adapted.
     """
     if adapt is not None:
         layer = nn.map_variables(layer, "params", lambda params: {"params": adapt({name: params["params"]})[name]})
-    return remat(layer, choice, nn.remat, static_argnums=(3,))
+    return remat(layer, choice, nn.remat)

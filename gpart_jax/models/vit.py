@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from gpart_jax.models.attention import Pattern
-from gpart_jax.models.encoder import ACTIVATIONS, Attention, dense, dropout, norm
+from gpart_jax.models.encoder import ACTIVATIONS, Attention, dense, dropout, norm, numbers
 from gpart_jax.models.remat import remat_layer
 
 HF_NAMES = {  # fields of ViTConfig that config.json calls otherwise
@@ -110,7 +110,7 @@ class ViTClassifier(nn.Module):
     Args:
       pixel_values: (B, height, width, channels), float as the model was trained on, or uint8, which is normalised here;
         height and width are multiples of the patch size.
-      train: whether dropout is on.
+      train: whether dropout is on; or, likewise, the number of each row in the whole batch, int (B,), which decides its masks.
 
       adapt: a bound method (`Method.bind`), that adapts the params of the layers one by one, each where it is used; the other params
         are adapted already. None: all are.
@@ -129,13 +129,13 @@ class ViTClassifier(nn.Module):
     remat: str = "none"  # of remat.CHOICES
 
     @nn.compact
-    def __call__(self, pixel_values: jax.Array, *, train: bool = False, adapt: Callable | None = None) -> jax.Array:
-        config = self.config
-        hidden = Embeddings(config, self.dtype, name="embeddings")(pixel_values, train)  # (B, L, H)
+    def __call__(self, pixel_values: jax.Array, *, train: bool | jax.Array = False, adapt: Callable | None = None) -> jax.Array:
+        config, rows = self.config, numbers(train, len(pixel_values))
+        hidden = Embeddings(config, self.dtype, name="embeddings")(pixel_values, rows)  # (B, L, H)
         for index in range(config.num_layers):
             name = f"layer_{index}"
             layer = remat_layer(Layer, name, self.remat, adapt)(config, self.dtype, self.attention, name=name)
-            hidden = layer(hidden, None, train)
+            hidden = layer(hidden, None, rows)
         first = norm(config, self.dtype, "norm")(hidden[:, 0])  # (B, H), of the class token
         if config.pooler:
             first = nn.tanh(dense(config, config.hidden_size, self.dtype, "pooler")(first))
@@ -147,7 +147,7 @@ class Embeddings(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, pixel_values, train):
+    def __call__(self, pixel_values, rows):
         config, size = self.config, self.config.patch_size
         batch, height, width, channels = pixel_values.shape
         if height % size or width % size or channels != config.channels:
@@ -168,7 +168,7 @@ class Embeddings(nn.Module):
         position = resize_positions(position, learned, (height // size, width // size))
         first = jnp.broadcast_to(first, (batch, 1, config.hidden_size)).astype(self.dtype)
         hidden = jnp.concatenate([first, patches.reshape(batch, -1, config.hidden_size)], axis=1)
-        return dropout(config.hidden_dropout, hidden + position.astype(self.dtype), train)
+        return dropout(config.hidden_dropout, hidden + position.astype(self.dtype), rows)
 
 
 def resize_positions(position: jax.Array, learned: int, grid: tuple[int, int]) -> jax.Array:
@@ -199,14 +199,14 @@ class Layer(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, hidden, attention_mask, train):
+    def __call__(self, hidden, attention_mask, rows):
         config, dtype = self.config, self.dtype
         attended = Attention(config, dtype, self.attention, name="attention")(
-            norm(config, dtype, "attention_norm")(hidden), attention_mask, train
+            norm(config, dtype, "attention_norm")(hidden), attention_mask, rows
         )
-        hidden += dropout(config.hidden_dropout, attended, train)
+        hidden += dropout(config.hidden_dropout, attended, rows)
         inner = dense(config, config.intermediate_size, dtype, "intermediate")(
             norm(config, dtype, "output_norm")(hidden)
         )
         outer = dense(config, config.hidden_size, dtype, "output")(ACTIVATIONS[config.hidden_act](inner))  # (B, L, H)
-        return hidden + dropout(config.hidden_dropout, outer, train)
+        return hidden + dropout(config.hidden_dropout, outer, rows)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from experiments import train
-from experiments.checkpoint import Checkpoints, claim_workdir
+from experiments.checkpoint import Checkpoints
+from experiments.workdir import claim_workdir
 
 HOLD = """
 import pathlib, sys
 from configs import quickstart
-from experiments.checkpoint import claim_workdir
+from experiments.workdir import claim_workdir
 with claim_workdir(quickstart.get_config(), pathlib.Path(sys.argv[1])):
     print("claimed", flush=True)
     sys.stdin.read()

@@ -10,7 +10,8 @@ import scipy.stats
 import tensorflow_datasets as tfds
 
 from configs import glue as config_glue
-from experiments import evaluate
+from experiments import metrics
+from experiments.build import build
 from experiments.tasks import glue, load_task
 from experiments.train import train
 
@@ -169,14 +170,14 @@ def test_texts_longer_than_the_model_takes_are_refused_at_the_start(tiny_model, 
     config = small("sst2,base", tiny_model, glue_dir)
     config.task.max_length = 65
     with pytest.raises(ValueError, match="max_length = 65, but .* takes 64 tokens"):
-        evaluate.build(config)
+        build(config)
 
 
 def test_metrics_of_a_worked_example():
     labels, guesses = [1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 1]
-    assert evaluate.METRICS["accuracy"](labels, guesses) == 0.75
-    assert evaluate.METRICS["f1"](labels, guesses) == pytest.approx(2 / 3)
-    assert evaluate.METRICS["matthews"](labels, guesses) == pytest.approx(7 / 15)  # (2 * 4 - 1 * 1) / 15
-    assert evaluate.METRICS["pearson"]([0.0, 1.0, 2.0], [0.0, 1.0, 8.0]) == pytest.approx(8 / np.sqrt(2 * 38))
-    assert evaluate.METRICS["spearman"]([0.0, 1.0, 2.0], [0.0, 1.0, 8.0]) == pytest.approx(1.0)
-    assert evaluate.METRICS["pearson"]([0.0, 1.0, 2.0], [3.0, 3.0, 3.0]) == 0.0
+    assert metrics.METRICS["accuracy"](labels, guesses) == 0.75
+    assert metrics.METRICS["f1"](labels, guesses) == pytest.approx(2 / 3)
+    assert metrics.METRICS["matthews"](labels, guesses) == pytest.approx(7 / 15)  # (2 * 4 - 1 * 1) / 15
+    assert metrics.METRICS["pearson"]([0.0, 1.0, 2.0], [0.0, 1.0, 8.0]) == pytest.approx(8 / np.sqrt(2 * 38))
+    assert metrics.METRICS["spearman"]([0.0, 1.0, 2.0], [0.0, 1.0, 8.0]) == pytest.approx(1.0)
+    assert metrics.METRICS["pearson"]([0.0, 1.0, 2.0], [3.0, 3.0, 3.0]) == 0.0

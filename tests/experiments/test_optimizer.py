@@ -32,6 +32,22 @@ def test_weight_decay_reaches_theta_and_matrices_not_biases():
     np.testing.assert_array_equal(update["head"]["bias"], 0)
 
 
+def test_weight_decay_spares_the_norms_and_biases_of_stacked_layers():
+    """Of layers that are stacked they are matrices too."""
+    ones = {
+        "params": {
+            "layers/attention_norm/scale": jnp.ones((3, 4)), "layers/attention/query/bias": jnp.ones((3, 4)),
+            "layers/attention/query/kernel": jnp.ones((3, 4, 4)), "embed/embedding": jnp.ones((5, 4)), "norm/scale": jnp.ones(4),
+        },
+        "vera": {"layers/attention/query/kernel": {"d": jnp.ones((3, 2)), "b": jnp.ones((3, 4))}},
+        "lora": {"layers/attention/query/kernel": {"a": jnp.ones((3, 4, 2)), "b": jnp.ones((3, 2, 4))}},
+    }  # fmt: skip
+    (update,) = updates(ones, 0.0, 1, schedule="constant", warmup=0.0, weight_decay=0.1)
+    moved = {jax.tree_util.keystr(path, simple=True, separator=" ") for path, x in jax.tree.leaves_with_path(update) if x.any()}
+    kernel = "layers/attention/query/kernel"
+    assert moved == {f"lora {kernel} a", f"lora {kernel} b", f"params {kernel}", "params embed/embedding"}
+
+
 @pytest.mark.parametrize("schedule, middle, end", [("linear", 0.5, 0.0), ("cosine", 0.5, 0.0), ("constant", 1.0, 1.0)])
 def test_schedules_warm_up_and_decay(schedule, middle, end):
     rates = [-float(u["theta"][0]) / 1e-2 for u in updates(TRAINABLE, 1.0, 101, schedule=schedule, warmup=0.2)]

@@ -29,7 +29,7 @@ def texts(sizes):
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(0, 5))
 def test_every_text_is_in_one_row_whole_and_no_row_is_too_long(sizes, seed):
-    task = language_task(texts(sizes), [], max_length=40)
+    task = language_task(texts(sizes), [], [], max_length=40)
     rows = packed(task, seed).train
     found = []
     for row in rows:
@@ -48,7 +48,7 @@ def test_every_text_is_in_one_row_whole_and_no_row_is_too_long(sizes, seed):
 
 
 def test_packed_texts_have_the_loss_and_the_gradient_that_they_have_alone():
-    model, task = Decoder(CONFIG), language_task(texts([5, 17, 30, 9, 22, 3, 1, 12]), [], max_length=32)
+    model, task = Decoder(CONFIG), language_task(texts([5, 17, 30, 9, 22, 3, 1, 12]), [], [], max_length=32)
     params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 2), int), jnp.ones((1, 2), int))["params"]
     tuned = gpart(64, 3, targets="(query|out)/kernel", stacked="^layers")
     trainable = jax.tree.map(lambda x: x + 0.1, tuned.init(params, jax.random.key(1)))
@@ -67,7 +67,7 @@ def test_packed_texts_have_the_loss_and_the_gradient_that_they_have_alone():
 
 
 def test_batches_have_the_lengths_that_are_asked_for():
-    task = language_task(texts([5, 17, 30, 9, 22, 3, 11, 12]), [], max_length=32)
+    task = language_task(texts([5, 17, 30, 9, 22, 3, 11, 12]), [], [], max_length=32)
     lengths = lambda task: {batch["input_ids"].shape for batch in train_batches(task, 2, 3, 0)}  # noqa: E731
     assert lengths(with_lengths(task, [20])) == {(2, 20), (2, 32)}
     assert lengths(with_lengths(task, [32])) == lengths(with_lengths(task, [64])) == {(2, 32)}
@@ -77,6 +77,6 @@ def test_batches_have_the_lengths_that_are_asked_for():
 
 
 def test_a_packed_row_is_collated_with_its_segments():
-    task = packed(language_task(texts([3, 4]), [], max_length=10), 0)
+    task = packed(language_task(texts([3, 4]), [], [], max_length=10), 0)
     batch = collate(task.train, 0, 10)
     assert batch["attention_mask"].tolist() in ([[1] * 3 + [2] * 4 + [0]], [[1] * 4 + [2] * 3 + [0]])

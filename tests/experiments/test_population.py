@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments.build import Experiment
 from experiments.checkpoint import Checkpoints
-from experiments.evaluate import Experiment
 from experiments.population import _share, train_population
 from experiments.train import train
 from gpart_jax import chain, gpart, head, lora
@@ -86,8 +86,8 @@ SCRIPT = """
 import pathlib, sys, ml_collections, json
 from absl import flags, logging
 flags.FLAGS(["population"])
+from experiments.build import Experiment
 from experiments.checkpoint import Checkpoints
-from experiments.evaluate import Experiment
 from experiments.population import _share, train_population
 configs = [ml_collections.ConfigDict(json.loads(text)) for text in json.loads(sys.stdin.read())]
 train_population(configs, [pathlib.Path(sys.argv[1]) / str(n) for n in range(len(configs))])
@@ -183,10 +183,11 @@ def test_a_frozen_model_has_one_copy_or_cannot_be_shared():
 @pytest.mark.parametrize("short, long", [((3, 5, 8), (3, 9, 8)), ((3, 4, 5, 5), (3, 4, 9, 9)), ((3, 8), (3, 8))])
 def test_dropout_does_not_see_padding(short, long):
     module, rngs = Dropout(0.3), {"dropout": jax.random.key(1)}
-    few, many = (module.apply({}, jnp.ones(shape), True, rngs=rngs) for shape in (short, long))
+    few, many = (module.apply({}, jnp.ones(shape), jnp.arange(3), rngs=rngs) for shape in (short, long))
     np.testing.assert_array_equal(few, many[tuple(slice(n) for n in short)])
-    big = np.asarray(module.apply({}, jnp.ones((64,) + short[1:-1] + (64,)), True, rngs=rngs))
+    np.testing.assert_array_equal(module.apply({}, jnp.ones(long)[1:], jnp.arange(1, 3), rngs=rngs), many[1:])
+    big = np.asarray(module.apply({}, jnp.ones((64,) + short[1:-1] + (64,)), jnp.arange(64), rngs=rngs))
     assert set(np.unique(big)) == {0, np.float32(1 / 0.7)} and abs((big == 0).mean() - 0.3) < 0.02
     if big.ndim > 2:  # masks of positions are not alike
         assert np.abs(np.corrcoef((big == 0).reshape(64, -1, 64)[:, :, 0].T)[0, 1:]).max() < 0.6
-    np.testing.assert_array_equal(module.apply({}, jnp.ones(short), False), jnp.ones(short))
+    np.testing.assert_array_equal(module.apply({}, jnp.ones(short), None), jnp.ones(short))

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import math as config_math
-from experiments import data, evaluate, reasoning, report
+from experiments import data, evaluate, metrics, reasoning, report
+from experiments.build import build
 from experiments.train import train
 from gpart_jax import load_adapter, sharding
 from gpart_jax.methods import chain
@@ -58,11 +59,11 @@ def test_a_decoder_trains_and_what_it_saves_has_that_loss(tiny_llama, tmp_path):
     assert (results["metric"], results["task"], results["trained_numbers"]) == ("loss", "problems", 512)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    experiment = evaluate.build(config)
+    experiment = build(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     outputs = evaluate.outputs_of(experiment, chain(), {}, mesh)
     untrained = evaluate.predict(experiment.task, outputs, mesh, experiment.task.test, 8)
-    assert results["test"] < evaluate.score(experiment.task, experiment.task.test, untrained)["loss"]
+    assert results["test"] < metrics.score(experiment.task, experiment.task.test, untrained)["loss"]
     assert abs(losses[0] - np.log(98)) < 0.3 and losses[-1] < losses[0]
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]

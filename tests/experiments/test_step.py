@@ -67,8 +67,8 @@ def test_twenty_steps_follow_the_authors_release():
         batch = {  # all of one length, so that one program serves
             name: x if x.ndim == 1 else np.pad(x, ((0, 0), (0, longest - x.shape[1]))) for name, x in batch.items()
         }
-        trainable, state, value = step(trainable, state, params, batch, key_data, number)
-        losses.append(float(value))
+        trainable, state, numbers = step(trainable, state, params, batch, key_data, number)
+        losses.append(float(numbers["loss"]))
         norms.append(float(state[0]))
 
     np.testing.assert_allclose(losses, official["loss"], rtol=0, atol=1e-5)  # measured: 2e-7
@@ -142,5 +142,5 @@ def test_a_language_model_trains_on_the_mean_over_the_tokens_of_the_whole_batch(
         step = make_train_step(make_language_loss(model), method, optimizer, one_device(params), accumulate)
         trainable = method.init(params, jax.random.key(0))
         key_data = jax.random.key_data(jax.random.key(0))
-        *_, value = step(trainable, optimizer.init(trainable), params, batch, key_data, 0)
+        *_, numbers = step(trainable, optimizer.init(trainable), params, batch, key_data, 0)
         np.testing.assert_allclose(value, expected, rtol=1e-6)

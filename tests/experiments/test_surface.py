@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from experiments import evaluate, report, surface
+from experiments import report, surface
+from experiments.build import build
 from gpart_jax import load_adapter, save_adapter
 from gpart_jax.methods import from_spec
 
@@ -21,7 +22,7 @@ def make_run(make_config, tmp_path):
         config = make_config(method)
         config.seed = seed
         config.method.update(options)
-        experiment = evaluate.build(config)
+        experiment = build(config)
         trained = from_spec(config.method.to_dict(), config.head_targets)
         like = trained.init(experiment.params, jax.random.key(seed))
         leaves, tree = jax.tree.flatten(like)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from configs import ablation, glue, quickstart
 from experiments import report, sweep, workers
 from experiments.config import check_config
 from experiments.progress import progress_of
+from experiments.workdir import claim_workdir
 from gpart_jax.methods import from_spec
 from tests.experiments.test_train import environment
 
@@ -258,6 +260,30 @@ def test_the_first_signal_is_noted_and_a_second_one_acts_as_usual(number):
     with workers._noted_signals() as names:
         os.kill(os.getpid(), number)
         assert names == [number.name] and signal.getsignal(number) == before
+
+
+def test_a_run_that_is_trained_elsewhere_is_left_to_it_and_asked_for_again(tiny_model, tmp_path, monkeypatch, capfd):
+    """As by another machine with the same folder: nothing fails, and what the other has finished isn't done again."""
+    monkeypatch.setattr(workers, "AGAIN", 0.5)
+    config = quickstart.get_config()
+    config.model.source, config.method.d, config.train.epochs = str(tiny_model), 64, 1
+    made = sweep.make_runs(config, [], [0, 1], tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with claim_workdir(made[0].config, made[0].directory):
+        timer = threading.Thread(target=finish_when_the_other_is, args=(made,))
+        timer.start()
+        assert workers.run_all(made, 1, tmp_path) == {}
+        timer.join()
+    said = capfd.readouterr().out
+    assert "seed0 is being trained elsewhere: the others go first" in said and "[2/2]" in said
+    assert not (made[0].directory / "error.txt").exists() and (made[1].directory / "results.json").exists()
+
+
+def finish_when_the_other_is(made):
+    while not (made[1].directory / "results.json").exists():
+        time.sleep(0.1)
+    results = (made[1].directory / "results.json").read_text()
+    (made[0].directory / "results.json").write_text(results)
 
 
 def test_a_folder_of_another_experiment_stops_a_sweep_before_it_starts(config, tmp_path):

@@ -3,21 +3,26 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import data, evaluate, plots, report
-from experiments.checkpoint import Interrupt
+from experiments import data, evaluate, metrics, plots, report
+from experiments.build import build
+from experiments.config import identity
+from experiments.signals import Interrupt
 from experiments.step import make_loss
 from experiments.train import train
+from experiments.workdir import check_workdir
 from gpart_jax import load_adapter, sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -117,13 +122,13 @@ def test_the_adapter_is_small_and_the_checkpoint_holds_no_frozen_weight(undistur
 
 
 def test_the_adapter_on_disk_scores_as_reported(undisturbed, config):
-    experiment = evaluate.build(config)
+    experiment = build(config)
     method, trainable = load_adapter(undisturbed / "adapter.safetensors").on(experiment.params)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     outputs = evaluate.outputs_of(experiment, method, trainable, mesh)
     logits = evaluate.predict(experiment.task, outputs, mesh, experiment.task.test, 100)
     results = json.loads((undisturbed / "results.json").read_text())
-    assert evaluate.score(experiment.task, experiment.task.test, logits) == results["test_scores"]
+    assert metrics.score(experiment.task, experiment.task.test, logits) == results["test_scores"]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +206,109 @@ def test_a_run_may_go_on_with_another_mesh_and_number_of_devices(config, tmp_pat
     assert steps == list(range(71, STEPS // 2 + 1))
 
 
+def test_operational_settings_may_change_and_a_test_that_failed_is_made_again_alone(config, tmp_path):
+    config.train.epochs = 1
+
+    def fail(*_):
+        raise MemoryError("the test's batch")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.train.save_adapter", fail)
+        with pytest.raises(MemoryError):
+            train(config, tmp_path, jax.devices()[:1])
+    config.train.update(eval_batch_size=16, log_every=5, checkpoint_every=7, step_timeout=60.0, nonfinite="skip", compiled="")
+    config.model.remat, config.model.attention = "full", "xla"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interrupt, "requested", lambda self, step: pytest.fail("trained again"))
+        assert train(config, tmp_path, jax.devices()[:1])["steps"] == STEPS // 2
+    saved = json.loads((tmp_path / "config.json").read_text())["train"]
+    assert (saved["eval_batch_size"], saved["log_every"]) == (16, 5)
+
+
+def test_every_key_that_no_declaration_frees_makes_another_experiment(config, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "config.json").write_text(config.to_json())
+    values = identity(config)
+    assert {"seed", "method.d", "train.batch_size", "optimizer.lr", "model.dtype"} <= values.keys()
+    assert not any(key.startswith("mesh.") for key in values)
+    for key, value in values.items():
+        other = config.copy_and_resolve_references()
+        with other.ignore_type():
+            other.update_from_flattened_dict({key: "another" if value != "another" else "one"})
+        with pytest.raises(ValueError, match=f"config.{re.escape(key)} is .* there, 'another' here"):
+            check_workdir(other, tmp_path)
+
+
+def test_what_a_step_did_is_logged(undisturbed):
+    rows = logged(undisturbed)
+    steps = [row for row in rows if "loss" in row]
+    assert all(row.keys() >= {"gradient_norm", "step_length", "theta_norm", "learning_rate"} for row in steps)
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    peak = max(row["learning_rate"] for row in steps)
+    assert 0.9e-2 < peak <= 1e-2 and steps[-1]["learning_rate"] < 1e-4
+    best = load_file(undisturbed / "adapter.safetensors")["theta"]
+    at = [row["theta_norm"] for row in steps if row["step"] in (STEPS // 2, STEPS)]
+    assert np.isclose(np.linalg.norm(best), at, rtol=1e-5).any()
+    # Adam moves each of the d = 256 numbers by about the learning rate.
+    assert all(0.2 < row["step_length"] / (row["learning_rate"] * 16) < 1.5 for row in steps[:-1])
+
+
+def test_it_stops_early_and_has_what_validated_best(config, tmp_path):
+    config.train.update(epochs=2, validate_every=20, patience=3)
+    results = train(config, tmp_path, jax.devices()[:1])
+    validated = {row["step"]: row["validation_accuracy"] for row in logged(tmp_path) if "validation_accuracy" in row}
+    assert list(validated) == list(range(20, results["steps"] + 1, 20)) and results["steps"] < STEPS
+    best = max(validated, key=validated.get)
+    assert results["steps"] == best + 3 * 20 and results["validation"] == validated[best]
+    assert results["best_epoch"] == round(best / 160, 2)
+    assert train(config, tmp_path / "again", jax.devices()[:1])["test"] == results["test"]
+
+
+@pytest.mark.parametrize("at", [160, 320])
+def test_told_to_stop_while_it_validates_it_saves_that_step_and_goes_on_there(config, tmp_path, undisturbed, at):
+    """At the end of the first epoch, and in the test."""
+    config.train.checkpoint_every = 1000
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+
+        def requested(self, step):
+            calls.append(step)
+            return "SIGTERM" if calls.count(at) == 2 else None  # the first is the step's own
+
+        patch.setattr(Interrupt, "requested", requested)
+        with pytest.raises(SystemExit):
+            train(config, tmp_path, jax.devices()[:1])
+    assert final_state(tmp_path)[0] == at
+    train(config, tmp_path, jax.devices()[:1])
+    steps = [row["step"] for row in logged(tmp_path) if "validation_accuracy" in row]
+    assert steps == [160, 320]
+
+
+def test_what_an_unfinished_run_has_best_is_scored_on_any_devices(config, tmp_path):
+    config.mesh.data, config.train.checkpoint_every = 2, 1000
+    command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={tmp_path}", "--split=validation"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interrupt, "requested", lambda self, step: "SIGTERM" if step == 200 else None)
+        with pytest.raises(SystemExit):
+            train(config, tmp_path, jax.devices()[:2])
+    (best,) = [row["validation_accuracy"] for row in logged(tmp_path) if "validation_accuracy" in row]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "The 1 devices here don't fit the run's mesh" in done.stdout
+    assert "isn't finished: this is of step 200, the best that it validated" in done.stdout
+    assert f"validation accuracy {best:.4f} on " in done.stdout
+
+
+def test_a_trace_of_some_steps_is_left(config, tmp_path, capsys):
+    config.train.update(epochs=1, profile="3:5")
+    train(config, tmp_path, jax.devices()[:1])
+    assert "a trace of steps 4 to 5" in capsys.readouterr().out
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="profile = '5' must be two numbers of steps, such as '10:15'"):
+        config.train.profile = "5"
+        train(config, tmp_path / "other", jax.devices()[:1])
+
+
 def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(config, tmp_path, caplog):
     config.train.epochs = 1
     train(config, tmp_path, jax.devices()[:1])
@@ -233,8 +341,17 @@ def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_used(config, t
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"150", "160"}
 
 
-def explode_at(monkeypatch, *steps):
-    """Makes the loss of these steps NaN."""
+@jax.custom_vjp
+def spoil(x, flag):
+    """x, whose gradient is NaN where there is a flag."""
+    return x
+
+
+spoil.defvjp(lambda x, flag: (x, flag), lambda flag, g: (jnp.where(flag > 0, jnp.nan, g), None))
+
+
+def explode_at(monkeypatch, *steps, value=np.nan):
+    """Makes the loss of these steps NaN; with 1, their gradient alone."""
     whole = data.train_batches
 
     def batches(task, *args, **kwargs):
@@ -248,7 +365,8 @@ def explode_at(monkeypatch, *steps):
         loss = make_loss(model, task)
 
         def exploding(adapt, frozen, batch, key=None):
-            return loss(adapt, frozen, batch, key) + batch["explode"].mean()
+            flag = batch["explode"].mean()
+            return spoil(loss(adapt, frozen, batch, key) + jnp.where(flag == 1, 0, flag), flag)
 
         return exploding
 
@@ -256,7 +374,7 @@ def explode_at(monkeypatch, *steps):
 
     def global_batch(batch, mesh):
         bad = next(count) in steps
-        return place(batch | {"explode": np.full_like(batch["explode"], np.nan if bad else 0)}, mesh)
+        return place(batch | {"explode": np.full_like(batch["explode"], value if bad else 0)}, mesh)
 
     monkeypatch.setattr(data, "train_batches", batches)
     monkeypatch.setattr(sharding, "global_batch", global_batch)
@@ -271,6 +389,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_lost(config, tmp
         train(config, tmp_path, jax.devices()[:1])
     step, state = final_state(tmp_path)
     assert step == 60 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["trainable"]))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_its_loss_is(config, tmp_path, monkeypatch):
+    config.train.epochs = 1
+    explode_at(monkeypatch, 65, value=1)
+    with pytest.raises(FloatingPointError, match=r"gradient's norm is nan, the loss 0\.\d+, at step 65, batch 65 of epoch 1"):
+        train(config, tmp_path, jax.devices()[:1])
+    assert final_state(tmp_path)[0] == 60
 
 
 def test_a_loss_that_is_not_finite_may_be_passed_over(config, tmp_path, monkeypatch, capsys):
@@ -306,15 +432,16 @@ def test_a_workdir_that_cannot_be_made_is_named(config, tmp_path):
 
 def test_a_step_that_never_ends_ends_the_process(tiny_model, tmp_path):
     code = (
-        "import pathlib, sys, time, experiments.train as t; from configs import quickstart; c = quickstart.get_config();"
+        "import pathlib, sys, time, experiments.loop as l, experiments.train as t; from configs import quickstart;"
+        "c = quickstart.get_config();"
         f"c.model.source = {str(tiny_model)!r}; c.method.d = 256; c.train.step_timeout = 4.0; c.train.checkpoint_every = 20;"
-        "save = t.Checkpoints.save; t.Checkpoints.save = lambda *a: (save(*a), time.sleep(1000));"
+        "save = l.Checkpoints.save; l.Checkpoints.save = lambda *a: (save(*a), time.sleep(1000));"
         f"t.train(c, pathlib.Path({str(tmp_path)!r}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 1 and "Timeout (0:00:04)!" in done.stderr and "in _train" in done.stderr
+    assert done.returncode == 1 and "Timeout (0:00:04)!" in done.stderr and "in save" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -328,7 +455,7 @@ def test_a_step_that_never_ends_ends_the_process(tiny_model, tmp_path):
             ("method", "targets", "nothing"),
             r"Target pattern 'nothing' matches no leaf. Paths look like: 'classifier/bias'",
         ),
-        (("method", "name", "magic"), r"Unknown method 'magic'. Choose one of gpart, lora, uni_lora"),
+        (("method", "name", "magic"), r"Unknown method 'magic'. Choose one of bitfit, fastfood, full"),
         (("task", "name", "words"), r"Unknown task 'words'. Choose one of lexicon, glue/cola"),
         (("optimizer", "schedule", "steep"), r"Unknown schedule 'steep'"),
         (("train", "batch_size", 10**6), r"batch_size = 1000000 must be between 1 and 5"),

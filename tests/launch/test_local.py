@@ -1,5 +1,6 @@
 """One run in two real processes of four virtual devices: equal to one device, killed, preempted, incomplete."""
 
+import json
 import os
 import pathlib
 import re
@@ -139,6 +140,18 @@ def test_told_to_stop_or_with_a_process_killed_the_run_ends_with_the_same_theta(
     assert first == saved and int(second) in range(100, STEPS, 20)
     assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
     assert logged(tmp_path, [int(saved)]) == logged(undisturbed, [int(saved)])
+
+
+def test_a_run_is_evaluated_in_several_processes_and_on_one_device(undisturbed):
+    found = json.loads((undisturbed / "results.json").read_text())
+    on_all = [sys.executable, "-m", "launch.local", "--module=experiments.evaluate", "--processes=2", "--devices=4"]
+    on_one = [sys.executable, "-m", "experiments.evaluate"]
+    for command in (on_all, on_one):
+        done = subprocess.run(
+            [*command, f"--workdir={undisturbed}"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count(f"test accuracy {found['test']:.4f} on ") == 1
 
 
 def test_a_process_that_never_joins_is_named(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from experiments import evaluate
+from experiments.build import fitted
 from experiments.data import Task
 from experiments.step import make_loss
 from configs import glue
@@ -80,9 +80,9 @@ def test_less_is_kept(name, capsys):
 def test_with_fsdp_an_encoder_makes_its_layers_again_and_unknown_choices_are_refused():
     config, model = glue.get_config("rte,base").model, MODELS["encoder"]
     one, several = (sharding.make_mesh(sizes, jax.devices()[:n]) for sizes, n in (({}, 1), ({"fsdp": 2}, 2)))
-    assert evaluate.fitted(model, config, one).remat == "none" and evaluate.fitted(model, config, several).remat == "full"
+    assert fitted(model, config, one).remat == "none" and fitted(model, config, several).remat == "full"
     config.remat = "dots"
-    assert evaluate.fitted(model, config, several).remat == "dots"
+    assert fitted(model, config, several).remat == "dots"
     ids = jnp.ones((1, 4), jnp.int32)
     for name in ("decoder", "encoder"):
         with pytest.raises(ValueError, match="config.model.remat = 'some' must be one of none, full, dots, offload"):

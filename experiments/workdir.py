@@ -1,0 +1,108 @@
+"""The folder of a run: whose it is, who is at work in it, and what to say of a disk that fails."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import typing
+
+import ml_collections
+from absl import logging
+
+from experiments.config import identity
+from experiments.processes import is_writer
+
+
+class InUse(ValueError):
+    """Another process is at work in a workdir."""
+
+
+@contextlib.contextmanager
+def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path):
+    """Within it `workdir` is this config's and this process's own; no other run may go on in it meanwhile.
+
+    A workdir where nothing was saved yet may be claimed anew, and any with other values of what `config.OPERATIONAL` names.
+
+    Raises:
+      ValueError: it holds what a run with another config saved, or (InUse) another process is running in it; nothing of
+        theirs is touched.
+    """
+    if not is_writer() or (workdir / "results.json").exists():  # a finished run is only read
+        check_workdir(config, workdir)
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("a+") as lock:  # unlocked as it is closed, also by the death of the process
+        _lock(lock, workdir)
+        check_workdir(config, workdir)
+        write_json(workdir / "config.json", json.loads(config.to_json()))
+        yield
+
+
+def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises a ValueError if `workdir` holds what a run with another config saved."""
+    if not _has_saved(workdir):
+        return
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} has checkpoints but no config.json to say whose. Choose another workdir.")
+    here, there = identity(config), identity(ml_collections.ConfigDict(json.loads(path.read_text())))
+    differences = [
+        f"config.{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"{workdir} holds another experiment: {'; '.join(differences)}. "
+            f"Choose another workdir, or give the same config to go on with that run."
+        )
+
+
+def _has_saved(workdir: pathlib.Path) -> bool:
+    return (workdir / "results.json").exists() or any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def _lock(lock: typing.TextIO, workdir: pathlib.Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise InUse(
+            f"{workdir} is in use by another run, process {lock.read().strip()}. "
+            f"Wait until it ends, stop it (it saves a checkpoint on SIGTERM), or choose another workdir."
+        ) from None
+    except OSError as error:  # some cluster file systems have no locks
+        logging.warning("%s cannot be locked (%s). Start no second run in it.", workdir, error)
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+
+
+def write_json(path: pathlib.Path, content) -> None:
+    """Writes by way of a temporary file: the path holds the old content or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def clear_disk_errors(workdir: pathlib.Path):
+    """Says of a full or read-only disk what happened to it and what to do; nothing that was saved is touched."""
+    try:
+        yield
+    except Exception as error:  # Orbax wraps what the system says in types of its own
+        whole = f"{error} {error!r} {error.__cause__!r} {error.__context__!r}"
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+            reason = os.strerror(code)
+            of_disk = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the others may be of what is read
+            if reason in whole and (of_disk or str(workdir) in whole):
+                raise OSError(
+                    code,
+                    f"{reason}: {workdir} can't be written to. What was saved there is whole: make room or choose another "
+                    f"workdir, and run the same command to go on",
+                ) from error
+        raise
