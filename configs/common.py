@@ -37,6 +37,7 @@ def train(**sizes: int) -> ml_collections.ConfigDict:
     config.patience = config_dict.placeholder(int)  # validations in a row without a better one, which end it; None: nothing does
     config.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
     config.step_timeout = config_dict.placeholder(float)  # seconds for log_every steps; None: any
+    config.writers = ("tensorboard",)  # of logger.WRITERS, beside the console and metrics.jsonl: tensorboard, wandb
     config.profile = config_dict.placeholder(str)  # "10:15": leaves a trace of these steps in workdir/profile
     # A folder for compiled programs, which the next run finds there; None: ~/.cache/gpart_jax/compiled, or what JAX was told; "": none.
     config.compiled = config_dict.placeholder(str)

@@ -18,7 +18,7 @@ _KEYS = {  # None: a value, or a section that is checked by its user
 }
 _OPTIONAL = {
     "model": {"attention", "dropout", "remat", "shape"},
-    "train": {"compiled", "export", "nonfinite", "patience", "profile", "step_timeout", "validate_every"},
+    "train": {"compiled", "export", "nonfinite", "patience", "profile", "step_timeout", "validate_every", "writers"},
 }
 
 
@@ -26,7 +26,7 @@ _OPTIONAL = {
 OPERATIONAL = (
     "mesh.data", "mesh.fsdp", "mesh.tensor", "model.attention", "model.remat", "task.data_dir", "task.lengths", "task.workers",
     "train.eval_batch_size", "train.log_every", "train.checkpoint_every", "train.nonfinite", "train.step_timeout",
-    "train.compiled", "train.export", "train.profile",
+    "train.compiled", "train.export", "train.profile", "train.writers",
 )  # fmt: skip
 
 

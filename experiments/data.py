@@ -30,7 +30,7 @@ class Task(NamedTuple):
     @property
     def language(self) -> bool:
         """Whether the examples are texts to be learned, and so scored by their loss."""
-        return self.metrics == ("loss",)
+        return self.labels is None and self.metrics == ("loss",)
 
     @property
     def better(self) -> int:

@@ -109,8 +109,9 @@ def run(members: list[Member], engine: Engine, schedule: Schedule, finish: Calla
         interrupt = stack.enter_context(Interrupt())
         members, step = restore(members, checkpoints)
         states = [member.state for member in members]
+        writers = options.get("writers", ("tensorboard",))
         loggers = [
-            stack.enter_context(Logger(member.workdir, title, step, schedule.total, show=not number))
+            stack.enter_context(Logger(member.workdir, title, step, schedule.total, not number, writers))
             for number, member in enumerate(members)
         ]
         say = loggers[0].say

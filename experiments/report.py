@@ -15,14 +15,12 @@ import rich.console
 import rich.table
 from absl import app, flags
 
-from experiments.config import flatten
+from experiments.config import OPERATIONAL, flatten
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 SIZES = {"gpart": "d", "uni_lora": "d", "fastfood": "d", "lora": "rank", "vera": "rank"}  # what a method's size is
 UNITS = {"loss": " (nats a token)"}  # of metrics that aren't shares
-FREE = {  # what the runs of one cell may differ in
-    "seed", "method.seed", "task.data_dir", "mesh.data", "mesh.fsdp", "mesh.tensor",
-}  # fmt: skip
+FREE = {"seed", "method.seed", *OPERATIONAL}  # what the runs of one cell may differ in
 
 
 class Run(NamedTuple):

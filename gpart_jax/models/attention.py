@@ -108,15 +108,22 @@ def attend(
         mask = None if mask is None else mask[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
     batch, length, heads, size = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, size)  # (B, L, K, A / K, D)
-    scores = jnp.einsum("blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32) * size**-0.5
+    if heads == key.shape[2]:  # without an axis of groups, for which XLA would transpose the scores
+        scores = jnp.einsum("blad,bsad->bals", query, key, preferred_element_type=jnp.float32) * size**-0.5
+    else:
+        grouped = query.reshape(batch, length, key.shape[2], -1, size)  # (B, L, K, A / K, D)
+        scores = jnp.einsum("blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32) * size**-0.5
+        scores = scores.reshape(batch, heads, length, -1)
     if pattern.soft_cap:
         scores = pattern.soft_cap * jnp.tanh(scores / pattern.soft_cap)
     if mask is not None:  # the lowest finite number, not -inf: a row that sees nothing gets even weights instead of 0/0
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores).reshape(batch, heads, length, -1)  # (B, A, L, S)
-    weights = (weights if drop is None else drop(weights)).astype(query.dtype).reshape(scores.shape)
-    return jnp.einsum("bkgls,bskd->blkgd", weights, value).reshape(query.shape)
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores)  # (B, A, L, S)
+    weights = (weights if drop is None else drop(weights)).astype(query.dtype)
+    if heads == key.shape[2]:
+        return jnp.einsum("bals,bsad->blad", weights, value)
+    grouped = weights.reshape(batch, key.shape[2], -1, length, key.shape[1])
+    return jnp.einsum("bkgls,bskd->blkgd", grouped, value).reshape(query.shape)
 
 
 def _mask(segments, length, columns, start, pattern):

@@ -81,7 +81,7 @@ def test_the_centre_has_the_loss_of_what_was_learned(make_run, tmp_path):
 
     theta = load_adapter(runs[0].workdir / "adapter.safetensors").on(experiments[0].params)[1]["theta"]
     assert radius == pytest.approx(float(jnp.linalg.norm(theta)), rel=1e-4)  # as far as the first run moved
-    for run, (model, params, task, _), (_, plane, losses) in zip(runs, experiments, found):
+    for run, (model, params, task, *_), (_, plane, losses) in zip(runs, experiments, found):
         examples = [task.test[row] for row in np.linspace(0, len(task.test) - 1, 64).astype(int)]
         batch = task.collate(examples)
         method, trainable = load_adapter(run.workdir / "adapter.safetensors").on(params)

@@ -103,7 +103,7 @@ def test_fully_padded_row_has_finite_gradients():
     hidden, mask = jax.random.normal(KEY, (2, 4, 32)), jnp.array([[1, 1, 1, 0], [0, 0, 0, 0]])
 
     def total(params, hidden):
-        return jnp.square(attention.apply({"params": params}, hidden, mask, False)).sum()
+        return jnp.square(attention.apply({"params": params}, hidden, mask, None)).sum()
 
     grads = jax.jit(jax.grad(total, argnums=(0, 1)))(params, hidden)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
@@ -143,7 +143,7 @@ def test_roberta_head_drops_before_and_after_its_dense_layer():
     identity = {"kernel": jnp.eye(32), "bias": jnp.zeros(32)}
     params = {"dense": identity, "out_proj": identity}
     head = RobertaHead(config, 32, 0.5)
-    out = head.apply({"params": params}, jnp.ones((64, 32)), True, rngs={"dropout": KEY})
+    out = head.apply({"params": params}, jnp.ones((64, 32)), jnp.arange(64), rngs={"dropout": KEY})
     np.testing.assert_allclose(np.unique(out), [0, 2 * np.tanh(2)], rtol=1e-6)
     assert abs((out == 0).mean() - 3 / 4) < 0.05
 
