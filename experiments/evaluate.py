@@ -29,7 +29,7 @@ from experiments.optimizer import make_optimizer
 from experiments.step import make_outputs
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.tasks.math import NEW_TOKENS
-from experiments.workdir import write_json
+from experiments.workdir import local, write_json
 from gpart_jax import load_adapter, sharding
 from gpart_jax.methods import Method, chain, from_spec, trained_numbers
 from gpart_jax.models.vocabulary import load_vocabulary
@@ -94,7 +94,7 @@ def predict(
 def main(_):
     quiet()
     processes.join(flags.FLAGS.join_timeout)
-    workdir, benchmark = pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.benchmark
+    workdir, benchmark = local(flags.FLAGS.workdir), flags.FLAGS.benchmark
     if not (workdir / "config.json").is_file():
         raise app.UsageError(f"{workdir} holds no run (no config.json). Train there first.")
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))

@@ -28,6 +28,7 @@ from ml_collections import config_flags
 from experiments import report
 from experiments.config import flatten
 from experiments.logger import quiet
+from experiments.workdir import local
 from experiments.workers import Run, run_all
 
 
@@ -152,7 +153,7 @@ def parse_seeds(text: str) -> list[int]:
 
 def main(_):
     quiet()
-    workdir = pathlib.Path(flags.FLAGS.workdir)
+    workdir = local(flags.FLAGS.workdir)
     runs = make_runs(flags.FLAGS.config, flags.FLAGS.sweep, parse_seeds(flags.FLAGS.seeds), workdir)
     failures = run_all(runs, flags.FLAGS.jobs, workdir, flags.FLAGS.population)
     try:

@@ -32,7 +32,7 @@ from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
 from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_outputs, make_train_step, trained_shardings
-from experiments.workdir import claim_workdir, clear_disk_errors, write_json
+from experiments.workdir import claim_workdir, clear_disk_errors, local, write_json
 from gpart_jax import load_adapter, save_adapter, sharding
 from gpart_jax.interop import huggingface
 from gpart_jax.methods import Method, from_spec, trained_numbers
@@ -214,7 +214,7 @@ def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict],
 def main(_):
     quiet()
     processes.join(flags.FLAGS.join_timeout)
-    train(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir))
+    train(flags.FLAGS.config, local(flags.FLAGS.workdir))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,29 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import socket
 import typing
 
 import ml_collections
-from absl import logging
+from absl import app, logging
 
 from experiments.config import identity
 from experiments.processes import is_writer
+
+
+def local(path: str) -> pathlib.Path:
+    """A path on this machine's disks, where ~ is the home folder.
+
+    Raises:
+      absl.app.UsageError: one of a bucket.
+    """
+    if scheme := re.match(r"(\w+):/", path):
+        raise app.UsageError(
+            f"{path} lies in {scheme[1]}://, but locks and appended lines need a disk that all processes share. Give such a path, or "
+            f"mount the bucket."
+        )
+    return pathlib.Path(path).expanduser()
 
 
 class InUse(ValueError):

@@ -3,16 +3,18 @@
 import errno
 import fcntl
 import logging
+import pathlib
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import app
 
 from experiments import train
 from experiments.checkpoint import Checkpoints
-from experiments.workdir import claim_workdir
+from experiments.workdir import claim_workdir, local
 
 HOLD = """
 import pathlib, sys
@@ -125,3 +127,11 @@ def test_damage_to_any_file_of_a_checkpoint_is_noticed_or_does_nothing(two_check
         steps.add(restore_damaged(two_checkpoints, tmp_path, file, flip(at, draw.integers(8))))
         steps.add(restore_damaged(two_checkpoints, tmp_path, file, lambda content: content[:at]))
     assert steps == {10, 20}  # Orbax writes some files that it never reads
+
+
+def test_a_bucket_is_refused_and_home_is_home(tmp_path, monkeypatch):
+    for path in ("gs://bucket/runs", "s3://bucket/runs", "gs:/bucket"):
+        with pytest.raises(app.UsageError, match=r"lies in (gs|s3)://, but locks .* need a disk"):
+            local(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local("~/runs") == tmp_path / "runs" and local("runs/a") == pathlib.Path("runs/a")

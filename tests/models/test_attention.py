@@ -163,8 +163,7 @@ def batch_of(name):
     return batch | {"loss_mask": mask, "weights": mask.astype(np.float32)}
 
 
-@pytest.mark.parametrize("tensor", [1, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, tensor", [("decoder", 4), ("decoder", 1), ("decoder in bfloat16", 4), ("encoder", 4), ("vit", 1)])
 def test_models_have_the_same_loss_and_gradient_with_it_on_a_mesh(name, tensor, interpreted):
     batch, mesh = batch_of(name), sharding.make_mesh({"data": 2, "tensor": tensor}, jax.devices()[: 2 * tensor])
     language = name.startswith("decoder")
