@@ -99,12 +99,12 @@ def train_batches(
 
     def own_part(rows):
         batch = task.collate([task.train[row] for row in rows])  # of all, whose longest sets the length
-        return {name: array[part::parts] for name, array in (batch | {"row": np.arange(len(rows))}).items()}
+        return {name: array[part::parts] for name, array in (batch | {"row": np.arange(len(rows), dtype=np.int32)}).items()}
 
     def own_part_augmented(rows_and_seeds):  # reads and decodes no more than its own
         seeded = [(task.train[row], np.random.default_rng(seed)) for row, seed in rows_and_seeds[part::parts]]
         batch = task.collate([task.augment(example, rng) for example, rng in seeded])
-        return batch | {"row": np.arange(len(rows_and_seeds))[part::parts]}
+        return batch | {"row": np.arange(len(rows_and_seeds), dtype=np.int32)[part::parts]}
 
     if task.bucketed:
         buckets = Buckets([task.size(example) for example in task.train], batch_size, seed)

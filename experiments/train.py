@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 import numpy as np
-import optax
 from absl import app, flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P

@@ -48,8 +48,7 @@ def apply(kernel: Kernel, x: jax.Array, dtype: DTypeLike) -> jax.Array:
         return apply(kernel.kernel, x, dtype) + apply(kernel.delta, x, dtype)
     if isinstance(kernel, LowRank):
         dropped = x if kernel.keys is None else _dropped(x, kernel.keys, kernel.keep)
-        inner = whole(apply(kernel.a, dropped, dtype))  # (..., r): else XLA divides it among "tensor", and moves activations
-        return apply(kernel.kernel, x, dtype) + apply(kernel.b, inner, dtype)
+        return apply(kernel.kernel, x, dtype) + apply(kernel.b, whole(apply(kernel.a, dropped, dtype)), dtype)
     return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
 

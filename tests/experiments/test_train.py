@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import data, evaluate, metrics, plots, report
+from experiments import data, evaluate, flops, metrics, plots, report
 from experiments.build import build
 from experiments.config import identity
 from experiments.signals import Interrupt
@@ -24,6 +25,7 @@ from experiments.step import make_loss
 from experiments.train import train
 from experiments.workdir import check_workdir
 from gpart_jax import load_adapter, sharding
+from gpart_jax.targets import named_leaves
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 2 * 160
@@ -298,6 +300,31 @@ def test_what_an_unfinished_run_has_best_is_scored_on_any_devices(config, tmp_pa
     assert "The 1 devices here don't fit the run's mesh" in done.stdout
     assert "isn't finished: this is of step 200, the best that it validated" in done.stdout
     assert f"validation accuracy {best:.4f} on " in done.stdout
+
+
+def test_writers_get_the_numbers_and_mfu_is_of_the_models_products(config, tmp_path, monkeypatch):
+    logged_there, began = [], []
+
+    class FakeRun:
+        log = staticmethod(lambda numbers, step: logged_there.append({"step": step} | numbers))
+        finish = staticmethod(lambda: logged_there.append("finished"))
+
+    fake = types.SimpleNamespace(init=lambda **options: began.append(options) or FakeRun, util=types.SimpleNamespace(generate_id=lambda: "abc"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setitem(flops.PEAKS, "cpu", 1e12)
+    config.train.update(epochs=1, writers=("tensorboard", "wandb"))
+    train(config, tmp_path, jax.devices()[:1])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged_there == [*rows, "finished"] and began[0]["id"] == "abc" and began[0]["config"]["method"]["d"] == 256
+    assert any((tmp_path / "tensorboard").iterdir())
+    needed = [row["mfu"] * 1e12 * row["seconds_per_step"] for row in rows if "mfu" in row]
+    experiment = build(config)
+    kernels = sum(x.size for path, x in named_leaves(experiment.params) if path.endswith("kernel"))
+    tokens = 32 * 8
+    assert all(3 * kernels * tokens < found < 8 * kernels * tokens for found in needed)  # 2 forward, 2 or 4 back, and attention
+    config.train.writers = ("tensorbord",)
+    with pytest.raises(ValueError, match="config.train.writers names 'tensorbord'. Choose of tensorboard, wandb"):
+        train(config, tmp_path / "other", jax.devices()[:1])
 
 
 def test_a_trace_of_some_steps_is_left(config, tmp_path, capsys):
