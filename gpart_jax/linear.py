@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gpart_jax.sharding import whole
 from gpart_jax.targets import Params
 
 
@@ -48,7 +47,7 @@ def apply(kernel: Kernel, x: jax.Array, dtype: DTypeLike) -> jax.Array:
         return apply(kernel.kernel, x, dtype) + apply(kernel.delta, x, dtype)
     if isinstance(kernel, LowRank):
         dropped = x if kernel.keys is None else _dropped(x, kernel.keys, kernel.keep)
-        return apply(kernel.kernel, x, dtype) + apply(kernel.b, whole(apply(kernel.a, dropped, dtype)), dtype)
+        return apply(kernel.kernel, x, dtype) + apply(kernel.b, apply(kernel.a, dropped, dtype), dtype)
     return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
 

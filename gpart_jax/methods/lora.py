@@ -8,13 +8,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from gpart_jax import linear, transform, uint64
 from gpart_jax.methods.base import Method, layer_of, matrices, one_of, registered
 from gpart_jax.partition import make_partition, seed_to_int
-from gpart_jax.sharding import tensor_axis
-from gpart_jax.targets import PyTree, Targets, canonical_layout, named_leaves, replace_leaves
+from gpart_jax.targets import Targets, canonical_layout, named_leaves, replace_leaves
 
 
 APPLY = ("sum", "factors")
@@ -31,14 +29,11 @@ def _check(rank: int, dropout: float, apply: str, method: str) -> None:
         raise ValueError(f"dropout = {dropout} is of what goes into the factors, and needs apply='factors'.")
 
 
-def _low_rank(
-    factors: Callable, apply: str, dropout: float, key: jax.Array | None, rows: jax.Array | None, split: dict[str, int]
-) -> Callable:
+def _low_rank(factors: Callable, apply: str, dropout: float, key: jax.Array | None, rows: jax.Array | None) -> Callable:
     """adapt(part, layer=None) that adds A B to the leaves, or has our models apply it apart (`linear.LowRank`).
 
     Args:
       factors: factors(path, layer) -> (A, B) of a leaf or of one of its layers, or None.
-      split: the axis, counted from the last, along which "tensor" divides each leaf that it divides.
     """
     if dropout == 0 or rows is None:
         key = None
@@ -56,20 +51,10 @@ def _low_rank(
             if key is not None:
                 fold, own = jax.random.fold_in, jax.random.fold_in(key, zlib.crc32(path.encode()))
                 keys = jax.vmap(lambda row: jax.random.key_data(fold(fold(own, 0 if layer is None else layer), row)))(rows)
-            if path in split:  # as W0 is: else XLA moves activations to where the factors are
-                hint = jax.lax.with_sharding_constraint
-                a, b = (hint(a, P("tensor", None)), b) if split[path] == -2 else (a, hint(b, P(None, "tensor")))
             adapted[path] = linear.LowRank(leaf, a, b, keys, 1 - dropout)
         return replace_leaves(part, adapted)
 
     return adapt
-
-
-def _split(params: PyTree, on_mesh: bool) -> dict[str, int]:
-    """For `_low_rank`, of params on a mesh."""
-    axes = {path: tensor_axis(leaf) for path, leaf in named_leaves(params)} if on_mesh else {}
-    ndims = {path: leaf.ndim for path, leaf in named_leaves(params)}
-    return {path: axis - ndims[path] for path, axis in axes.items() if axis is not None}
 
 
 @registered
@@ -105,14 +90,14 @@ def lora(
         return {"lora": factors}
 
     def bind(params, trainable, key=None, on_mesh=False, tables=None, rows=None):
-        del tables
+        del params, tables
         trained = one_of(trainable["lora"], on_mesh)
 
         def factors(path, layer):
             own = layer_of(trained[path], layer) if path in trained else None
             return own and (own["a"], scale * own["b"])
 
-        return _low_rank(factors, apply, dropout, key, rows, _split(params, on_mesh))
+        return _low_rank(factors, apply, dropout, key, rows)
 
     return Method(init, bind)
 
@@ -183,7 +168,7 @@ def uni_lora(
             own = layer_of(made[path], layer) if path in made else None
             return own and (own["a"], scale * own["b"])
 
-        return _low_rank(factors, apply, dropout, key, rows, _split(params, on_mesh))
+        return _low_rank(factors, apply, dropout, key, rows)
 
     return Method(init, bind, make_tables)
 
@@ -244,7 +229,7 @@ def vera(
             a = own["d"][..., None, :] * shared["a"][:fan_in]  # (..., in, rank)
             return a, shared["b"][:, :fan_out] * own["b"][..., None, :]
 
-        return _low_rank(factors, apply, dropout, key, rows, _split(params, on_mesh))
+        return _low_rank(factors, apply, dropout, key, rows)
 
     return Method(init, bind, make_tables)
 
