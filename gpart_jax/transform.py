@@ -45,6 +45,9 @@ def gpart_transform(
     gradient with respect to the adapted weights. P theta has the same bits however it is compiled or sharded; in the sum
     with the frozen weights a compiler may round once instead of twice.
 
+    In bfloat16 the sum loses the entries of P theta below half of W0's last place, which are most of them while theta is small: after
+    one step of Adam at 2e-4 on SmolLM2 2 % of the adapted entries had moved, after 50 steps 42 % (docs/bfloat16.md).
+
     Args:
       params: any pytree with the frozen weights: Flax Linen params, an NNX State, an Equinox module, plain containers.
       theta: the trained vector, floating-point, shape (d,).
