@@ -437,3 +437,10 @@ def test_blocks_of_two_stacks_are_apart():
     regions = make_partition(canonical_layout(tree), 12, 1, scope="block").regions
     paths = [[view.leaf.path for view in region.views] for region in regions]
     assert paths == [["decoder/0"], ["decoder/1"], ["encoder/0"], ["encoder/1"], ["layer_9"], ["layer_10"]]
+
+
+def test_blocks_are_the_numbered_layers_not_a_number_in_a_models_name():
+    params = {"bert2": {f"layer_{n}": {"kernel": jnp.ones((4, 4))} for n in range(3)}}
+    assert len(make_partition(canonical_layout(params), 9, 0, scope="block").regions) == 3
+    named = {f"block{n}": {"kernel": jnp.ones((4, 4))} for n in range(2)}
+    assert len(make_partition(canonical_layout(named), 4, 0, scope="block").regions) == 2

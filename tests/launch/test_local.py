@@ -171,6 +171,29 @@ def test_a_process_that_never_joins_is_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stranger_is_not_counted_as_a_process():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def knock():
+        for said in (b"7", b"0", b"-1", b"GET / HTTP/1.1"):
+            for _ in range(50):
+                try:
+                    with socket.create_connection(("localhost", port), timeout=1) as connection:
+                        connection.sendall(said)
+                    break
+                except OSError:
+                    time.sleep(0.02)
+
+        processes.roll_call(f"localhost:{port}", 2, 1, timeout=30)
+
+    others = threading.Thread(target=knock)
+    others.start()
+    processes.roll_call(f"localhost:{port}", 2, 0, timeout=30)
+    others.join()
+
+
 def test_without_process_0_the_others_say_so():
     with pytest.raises(TimeoutError, match="Process 0 of 2"):
         processes.roll_call("localhost:21988", 2, 1, timeout=1)
