@@ -7,6 +7,7 @@ A writer is made as `writer(workdir, title, step)`, for a run that goes on after
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ class WandB:
             raise ImportError("config.train.writers names wandb: pip install 'gpart_jax[wandb]'.") from None
         own = workdir / "wandb-id.txt"
         if not own.exists():
-            own.write_text(wandb.util.generate_id())
+            own.write_text(secrets.token_hex(4))
         config = json.loads((workdir / "config.json").read_text())
         self._run = wandb.init(dir=str(workdir), id=own.read_text(), name=str(workdir), resume="allow", config=config)
 

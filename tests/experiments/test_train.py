@@ -309,13 +309,13 @@ def test_writers_get_the_numbers_and_mfu_is_of_the_models_products(config, tmp_p
         log = staticmethod(lambda numbers, step: logged_there.append({"step": step} | numbers))
         finish = staticmethod(lambda: logged_there.append("finished"))
 
-    fake = types.SimpleNamespace(init=lambda **options: began.append(options) or FakeRun, util=types.SimpleNamespace(generate_id=lambda: "abc"))
+    fake = types.SimpleNamespace(init=lambda **options: began.append(options) or FakeRun)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setitem(flops.PEAKS, "cpu", 1e12)
     config.train.update(epochs=1, writers=("tensorboard", "wandb"))
     train(config, tmp_path, jax.devices()[:1])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert logged_there == [*rows, "finished"] and began[0]["id"] == "abc" and began[0]["config"]["method"]["d"] == 256
+    assert logged_there == [*rows, "finished"] and began[0]["id"] == (tmp_path / "wandb-id.txt").read_text() and began[0]["config"]["method"]["d"] == 256
     assert any((tmp_path / "tensorboard").iterdir())
     needed = [row["mfu"] * 1e12 * row["seconds_per_step"] for row in rows if "mfu" in row]
     experiment = build(config)
