@@ -123,6 +123,8 @@ def main(_):
                 config = glue.get_config(f"{STEPS[model]},{method}")
                 if d:
                     config.method.d = d
+                elif method == "lora":  # merged, as GPart is: W0 + A B
+                    config.method.update(apply="sum", dropout=0.0)
                 step = describe(config, sharding.make_mesh(devices=[chip]), 128)
                 found = figures(name, step.function, *step.arguments)
                 rate = config.method.get("dropout", "")  # the recipe's

@@ -170,7 +170,8 @@ def _answer(config, experiment: Experiment, params, trainable, mesh, workdir: pa
             raise app.UsageError(f"This run trained on all but {config.task.test_examples} problems: ask for no more.")
     examples = reasoning.load_benchmark(benchmark, flags.FLAGS.data_dir, limit, config.seed)
     adapter = workdir / "adapter.safetensors"
-    content = adapter.read_bytes() if adapter.is_file() else json.dumps(int(np.asarray(0))).encode()
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(sharding.fetch(trainable))]
+    content = adapter.read_bytes() if adapter.is_file() else b"".join(leaf.tobytes() for leaf in leaves)  # of a checkpoint
     digest = hashlib.sha256(content).hexdigest()[:16]
     folder = workdir / (f"{benchmark}-base" if base else benchmark)
     rows = reasoning.answer_all(
@@ -182,7 +183,6 @@ def _answer(config, experiment: Experiment, params, trainable, mesh, workdir: pa
     _say(f"{benchmark} accuracy {share:.4f} ({low:.4f} to {high:.4f}) on {len(rows)} problems: {folder}")
     if not processes.is_writer():
         return
-    adapter = workdir / "adapter.safetensors"
     kept = {
         "method": config.method.name, "seed": config.seed, "trained_numbers": trained_numbers(trainable),
         "adapter_bytes": adapter.stat().st_size if adapter.is_file() else None,

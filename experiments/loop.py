@@ -103,7 +103,7 @@ def run(members: list[Member], engine: Engine, schedule: Schedule, finish: Calla
       FloatingPointError: a loss or a gradient is no longer finite, unless config.train.nonfinite is "skip".
       SystemExit: after a checkpoint was saved because of SIGTERM (code 143) or Ctrl-C (130).
     """
-    options, count = members[0].config.train, len(members)
+    options = members[0].config.train
     with contextlib.ExitStack() as stack:
         checkpoints = [stack.enter_context(Checkpoints(member.workdir)) for member in members]
         interrupt = stack.enter_context(Interrupt())
@@ -120,6 +120,7 @@ def run(members: list[Member], engine: Engine, schedule: Schedule, finish: Calla
         watch, history = Stopwatch(options.get("step_timeout"), engine), []
         profile = Profile(options.get("profile"), members[0].workdir)
         stack.callback(watch.stop)
+        stack.callback(profile.stop)
 
         def save():
             nonlocal saved
@@ -276,7 +277,7 @@ class Profile:
     """
 
     def __init__(self, steps: str | None, workdir: pathlib.Path):
-        self._workdir, self._first, self._last = workdir / "profile", -1, -1
+        self._workdir, self._first, self._last, self._running = workdir / "profile", -1, -1, False
         if steps:
             first, colon, last = steps.partition(":")
             if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
@@ -286,13 +287,19 @@ class Profile:
     def before(self, step: int) -> None:
         if step == self._first:
             jax.profiler.start_trace(str(self._workdir))
+            self._running = True
 
     def after(self, step: int, numbers: dict, say: Callable[[str], None]) -> None:
-        if step == self._last and self._first >= 0:
+        if self._running and step == self._last:
             jax.block_until_ready(numbers)
-            with contextlib.suppress(RuntimeError):  # it went on from a later step than the first, so that nothing was started
-                jax.profiler.stop_trace()
-                say(f"a trace of steps {self._first + 1} to {self._last}: {self._workdir}")
+            self.stop()
+            say(f"a trace of steps {self._first + 1} to {self._last}: {self._workdir}")
+
+    def stop(self) -> None:
+        """Ends a trace that is running, as of a training that ends before it."""
+        if self._running:
+            jax.profiler.stop_trace()
+        self._running = False
 
 
 class Stopwatch:
