@@ -1,8 +1,9 @@
 """What the kernel of a dense layer can be: an array, or something else that can be applied to activations (models/linear.py).
 
 W0 + D rounds to the dtype of W0. In bfloat16 that loses all of a delta's entries that are below half of W0's last place, which are
-most of them as long as the delta is small. Applied apart, x W0 + x D, nothing is lost: the authors' release and PEFT compute it
-so. A low-rank delta, x A B, then needs no array of the kernel's size.
+most of them as long as the delta is small. Applied apart, x W0 + x D, no entry is lost, and only the products are rounded as they are
+added: the authors' release and PEFT compute it so. A low-rank delta, x A B, then needs no array of the kernel's size. What each costs
+and loses: docs/bfloat16.md.
 
 A method puts these where `is_kernel` says; `merged` makes arrays of them.
 """

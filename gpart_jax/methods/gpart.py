@@ -33,7 +33,7 @@ def gpart(
       init_bound: theta starts uniform in [-init_bound, init_bound]; 0, as in the paper, is the base model itself.
       stacked: a pattern of leaves whose first axis counts layers, as in `canonical_layout`.
       apply: "sum": W0 + P theta, rounded to W0's dtype. "split", for the models of `gpart_jax.models`: their layers get W0 and
-        P theta apart, and compute x W0 + x P theta, so that bfloat16 loses nothing of a small theta (`linear.py`).
+        P theta apart, and compute x W0 + x P theta, so that bfloat16 loses no entry of P theta (`linear.py`).
 
     Returns:
       A `Method` that trains {"theta": float32 (d,)}.
