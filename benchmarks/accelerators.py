@@ -24,11 +24,12 @@ from jax.experimental import topologies  # noqa: E402
 
 from benchmarks.measure import Table, save  # noqa: E402
 from configs import glue  # noqa: E402
+from experiments.abstract import describe  # noqa: E402
 from gpart_jax import canonical_layout, gpart_transform, make_partition, sharding  # noqa: E402
 from gpart_jax.partition import SCHEMES  # noqa: E402
 from launch.cycles import CHIPS, estimate  # noqa: E402
 from launch.cycles import compile as compile_for_tpu  # noqa: E402
-from launch.dryrun import describe, tpu_devices  # noqa: E402
+from launch.dryrun import tpu_devices  # noqa: E402
 from launch.hlo import executed  # noqa: E402
 
 DEVICES = ("h200", "v5e")

@@ -14,6 +14,7 @@ from absl import app
 
 from benchmarks.measure import Table, save
 from configs import glue
+from experiments.abstract import describe
 from experiments.data import Task
 from experiments.step import make_loss
 from experiments.text import INPUTS
@@ -21,7 +22,6 @@ from gpart_jax import sharding
 from gpart_jax.methods import from_spec
 from gpart_jax.models import published
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
-from launch.dryrun import describe
 from launch.hlo import collectives
 
 MESHES = ({"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})

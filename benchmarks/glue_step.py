@@ -14,10 +14,10 @@ import optax
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments.abstract import describe
 from gpart_jax import canonical_layout, sharding
 from gpart_jax.methods import from_spec
 from gpart_jax.models import published
-from launch.dryrun import describe
 
 
 def draw(arguments, vocab_size=None):

@@ -16,11 +16,11 @@ from ml_collections import config_flags
 from PIL import Image
 
 from benchmarks.glue_step import draw
+from experiments.abstract import describe
 from experiments.data import train_batches
 from experiments.images import image_task
 from gpart_jax import sharding
 from gpart_jax.methods import from_spec
-from launch.dryrun import describe
 
 EXAMPLES = 256
 

@@ -1,5 +1,6 @@
 """Pictures of finished runs, from what lies on disk. report.py finds the runs and has them drawn."""
 
+import collections
 import json
 import pathlib
 import shutil
@@ -17,13 +18,18 @@ from scipy.special import softmax  # noqa: E402
 from scipy.stats import norm  # noqa: E402
 
 from experiments.report import UNITS, shown  # noqa: E402
+from gpart_jax.methods import METHODS, SIZES  # noqa: E402
 
-COLORS = {
-    "gpart": "#0b6e4f", "uni_lora": "#2f6690", "fastfood": "#d98e04", "lora": "#c1666b", "vera": "#7b4b94",
-    "bitfit": "#8a5a44", "head": "#7d8597", "full": "#3d405b", "base": "#999999",
-}  # fmt: skip
-OVER_D = ("gpart", "uni_lora", "fastfood")  # methods with a free d
+# Methods take colours in alphabetical order, and those of a user's own begin again; grey is the model without any.
+_COLORS = ("#8a5a44", "#d98e04", "#3d405b", "#0b6e4f", "#7d8597", "#c1666b", "#2f6690", "#7b4b94")
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of a method's variants
+
+
+def color_of(method: str) -> str:
+    """The same in all pictures."""
+    if method not in METHODS:
+        return "#999999"
+    return _COLORS[sorted(METHODS).index(method) % len(_COLORS)]
 
 
 def pictures(model: str, rows: list, out: pathlib.Path) -> None:
@@ -34,7 +40,7 @@ def pictures(model: str, rows: list, out: pathlib.Path) -> None:
     then highest d.
     """
     for column in sorted({column for row in rows for column in row.cells}):
-        sizes = [(row.line, row.size) for row in rows if row.method in OVER_D and column in row.cells]
+        sizes = [(row.line, row.size) for row in rows if SIZES.get(row.method) == "d" and column in row.cells]
         if len(sizes) > len(dict(sizes)):
             task, metric = column
             draw_over_d(rows, column, out / f"{metric}-over-d-{task.replace('/', '-')}-{model}.png")
@@ -62,11 +68,11 @@ def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None
     lines, ends = {}, []
     for row in rows:
         if column in row.cells:
-            lines.setdefault(row.line if row.method in OVER_D else row.label, []).append(row)
+            lines.setdefault(row.line if SIZES.get(row.method) == "d" else row.label, []).append(row)
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    variants = dict.fromkeys(COLORS, 0)
+    variants: dict[str, int] = collections.Counter()
     for line, points in lines.items():
-        method, color = points[0].method, COLORS[points[0].method]
+        method, color = points[0].method, color_of(points[0].method)
         values = [[shown(column[1], run.results["test"]) for run in row.cells[column]] for row in points]
         medians = [statistics.median(seeds) for seeds in values]
         if len(points) > 1:
@@ -115,7 +121,7 @@ def draw_theta(run, title: str, path: pathlib.Path) -> None:
     theta = load_file(run.workdir / "adapter.safetensors")["theta"].astype(np.float64)
     mean, deviation = theta.mean(), theta.std()
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    axes.hist(theta, bins=min(60, max(10, len(theta) // 50)), density=True, color=COLORS["gpart"], alpha=0.5)
+    axes.hist(theta, bins=min(60, max(10, len(theta) // 50)), density=True, color=color_of("gpart"), alpha=0.5)
     at = np.linspace(theta.min(), theta.max(), 300)
     axes.plot(at, norm.pdf(at, mean, deviation), color="black", linewidth=1.2)
     axes.annotate(
@@ -203,7 +209,7 @@ def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
     ]
     figure, (curves, sizes, words) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for results, metrics in runs:
-        name, color = results["method"], COLORS[results["method"]]
+        name, color = results["method"], color_of(results["method"])
         points = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
         curves.plot(*zip(*points), "-", color=color)
         curves.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center")
@@ -230,7 +236,7 @@ def _draw_words(axes, workdir: pathlib.Path, results: dict) -> None:
     rating = np.array([row["rating"] for row in rows])
     margin = np.array([row["logits"][1] - row["logits"][0] for row in rows])
     right = np.array([row["label"] == row["prediction"] for row in rows])
-    axes.scatter(rating[right], margin[right], s=9, alpha=0.35, color=COLORS[results["method"]], linewidths=0)
+    axes.scatter(rating[right], margin[right], s=9, alpha=0.35, color=color_of(results["method"]), linewidths=0)
     axes.scatter(rating[~right], margin[~right], s=9, alpha=0.7, color="#c44536", linewidths=0)
     axes.axhline(0, color="black", linewidth=0.7)
     axes.axvline(0, color="black", linewidth=0.7)

@@ -16,9 +16,9 @@ import rich.table
 from absl import app, flags
 
 from experiments.config import OPERATIONAL, flatten
+from gpart_jax.methods import SIZES
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.json"
-SIZES = {"gpart": "d", "uni_lora": "d", "fastfood": "d", "lora": "rank", "vera": "rank"}  # what a method's size is
 UNITS = {"loss": " (nats a token)"}  # of metrics that aren't shares
 FREE = {"seed", "method.seed", *OPERATIONAL}  # what the runs of one cell may differ in
 

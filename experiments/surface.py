@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 from experiments import report
 from experiments.build import build
 from experiments.logger import quiet
-from experiments.plots import COLORS
+from experiments.plots import color_of
 from experiments.step import make_loss
 from gpart_jax import load_adapter
 from gpart_jax.targets import named_leaves
@@ -168,7 +168,7 @@ def draw(radius: float, found: list[Surface], path: pathlib.Path) -> None:
         at = np.linspace(-radius, radius, len(values))
         filled = axes.contourf(at, at, values, levels, cmap="viridis")
         axes.contour(at, at, values, levels, colors="white", linewidths=0.4, alpha=0.6)
-        axes.plot(0, 0, "*", color="white", markeredgecolor=COLORS[run.results["method"]], markersize=16)
+        axes.plot(0, 0, "*", color="white", markeredgecolor=color_of(run.results["method"]), markersize=16)
         x = "distance in weight space"
         if abs(plane.halfway - 0.5) > 0.005:
             x += f", at the edge only\n(half-way there it is {plane.halfway * radius:.3g}, not {radius / 2:.3g})"

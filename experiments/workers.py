@@ -22,7 +22,6 @@ from experiments.logger import quiet
 from experiments.progress import SweepProgress
 from experiments.workdir import InUse, check_workdir
 
-
 AGAIN = 5.0  # seconds until a run that is trained elsewhere is asked for again
 IN_USE = "in use"
 

@@ -33,14 +33,32 @@ def keep_mask(index_hi: Array, index_lo: Array, key_words: tuple[Array, Array] |
     Returns:
       bool of the indices' common shape.
     """
+    return kept(hashed(index_hi, index_lo, key_words), rate)
+
+
+def kept(bits: jax.Array, rate: float) -> jax.Array:
+    """`keep_mask` of what `hashed` returns."""
+    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def hashed(index_hi: Array, index_lo: Array, key_words: tuple[Array, Array] | Array) -> jax.Array:
+    """32 bits of each element, uint32, of which `keep_mask` looks at the highest and `dithered` at the lowest 16."""
     first, second = key_words[0], key_words[1]
     # The second word here too: after one round alone, keys that differ in one bit of it have masks that are opposites.
     h = index_lo ^ (first + second * np.uint32(_KEY) + index_hi * np.uint32(_HIGH))
     h = (h ^ (h >> np.uint32(16))) * np.uint32(_FIRST)
     h = h ^ second  # amid the rounds: before them alone, two keys' masks would be one and the same, moved
     h = (h ^ (h >> np.uint32(15))) * np.uint32(_SECOND)
-    h = jnp.asarray(h ^ (h >> np.uint32(16)))
-    return h >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return jnp.asarray(h ^ (h >> np.uint32(16)))
+
+
+def dithered(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """float32 rounded to bfloat16's grid, up with the probability of what it is above it, so that its mean is x. Still float32.
+
+    What lies on the grid stays as it is, and so do infinities. Runs in Pallas kernels too.
+    """
+    noisy = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits & np.uint32(0xFFFF))
+    return jax.lax.bitcast_convert_type(noisy & np.uint32(0xFFFF0000), jnp.float32)
 
 
 def scale(rate: float) -> np.float32:

@@ -31,7 +31,6 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp

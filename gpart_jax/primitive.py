@@ -241,8 +241,8 @@ def _adapt_jvp(primals, tangents, *, call, tree, kernels, vmaps):
         sizes = _sizes([jax.typeof(x) for x in primals], vmaps)
         table = jnp.broadcast_to(_spread(table, _levels(vmaps, 0)), (*sizes, *table.shape[sum(_levels(vmaps, 0)) :]))
         deltas = expand_p.bind(
-            table, *primals[1 + count :], call=call, tree=tree, dtypes=tuple(x.dtype for x in outputs), kernels=kernels,
-            vmaps=tuple((True, *batched[1 + count :]) for batched in vmaps),
+            table, *primals[1 + count :], call=call._replace(dither=False), tree=tree, dtypes=tuple(x.dtype for x in outputs),
+            kernels=kernels, vmaps=tuple((True, *batched[1 + count :]) for batched in vmaps),
         )  # fmt: skip
         results = [delta if isinstance(dot, ad.Zero) else dot + delta for dot, delta in zip(results, deltas)]
     return outputs, results

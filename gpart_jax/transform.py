@@ -22,7 +22,7 @@ from gpart_jax.lowerings.base import Call, Cut, Where, as_table
 from gpart_jax.partition import Partition
 from gpart_jax.targets import Layout, Params, Targets, canonical_layout, named_leaves, replace_leaves
 
-APPLY = ("sum", "split")
+APPLY = ("sum", "dither", "split")
 
 
 def gpart_transform(
@@ -119,7 +119,8 @@ def bind(
       split: for each targeted path the axis along which "tensor" divides the leaf, or None. Each device then makes its own
         part from its own copy of theta, and its copy's gradient from its own part: nothing is communicated, and the copies'
         gradients are yet to be summed.
-      apply: "sum"; or "split", which leaves the kernels that our models apply (`linear.is_kernel`) as pairs, `linear.Split`.
+      apply: "sum"; "dither", the sum rounded to bfloat16 up or down by chance, by the key and each entry's index (or, without a
+        key, by its index alone); or "split", which leaves the kernels that our models apply (`linear.is_kernel`) as pairs, `linear.Split`.
     """
     if apply not in APPLY:
         raise ValueError(f"apply = {apply!r} must be one of {', '.join(APPLY)}.")
@@ -127,12 +128,15 @@ def bind(
         raise ValueError(f"theta has shape {theta.shape}, but the partition has d = {partition.d}.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout} must be in [0, 1).")
+    dither = apply == "dither"
+    rate = 0.0 if key is None else dropout
     tables = []
     for number, (region, rho, scale) in enumerate(zip(partition.regions, partition.permutations, partition.scales)):
         scaled = theta[..., region.start : region.start + region.d] * scale  # float32 or wider, as scale is
         make_table = functools.partial(_table, rho=rho, scheme=region.scheme)
         table = make_table(scaled) if split is None else jax.vmap(make_table)(scaled)
-        drop = None if key is None else key_words(jax.random.fold_in(key, number))
+        drop = jnp.zeros(2, jnp.uint32) if dither else None
+        drop = drop if key is None else key_words(jax.random.fold_in(key, number))
         tables.append((region, table, partition.keys[number], drop))
 
     def adapt(params, layer=None):
@@ -150,10 +154,12 @@ def bind(
                 continue
             keys = tuple(own[view.leaf.path] if isinstance(own, dict) else own for view in views)
             cuts = tuple(_cut(view, table, split) for view in views)
-            rate = 0.0 if drop is None else dropout
-            call = Call(region.scheme, region.d, cuts, layer is not None, rate, split is not None)
+            call = Call(region.scheme, region.d, cuts, layer is not None, rate, dither, split is not None)
             weights = [leaves[view.leaf.path] for view in views]
             weights = [weight if view.layer is None else weight[view.layer] for view, weight in zip(views, weights)]
+            for view, weight in zip(views, weights):
+                if dither and weight.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+                    raise ValueError(f"apply='dither' rounds to bfloat16, but {view.leaf.path!r} is {weight.dtype}. Use apply='sum'.")
             apart = [apply == "split" and is_kernel(view.leaf.path, weight) for view, weight in zip(views, weights)]
             added_to = [jnp.zeros_like(weight) if alone else weight for weight, alone in zip(weights, apart)]
             results = primitive.adapt(call, table, added_to, Where(keys, layer, None, drop), kernels)

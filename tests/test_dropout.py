@@ -1,4 +1,4 @@
-"""The mask of delta dropout: the hash it is made of, and where it takes the index from."""
+"""The mask of delta dropout: the hash it is made of, and where it takes the index from; and the dither made of the same hash."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gpart_jax import Leaf, canonical_layout, gpart_transform, make_partition
-from gpart_jax.dropout import index_words, keep_mask, key_words
+from gpart_jax.dropout import dithered, hashed, index_words, keep_mask, key_words
+from gpart_jax.methods import gpart
 from gpart_jax.transform import bind
 
 N = 2**21
@@ -193,3 +194,52 @@ def test_no_random_words_of_n_elements():
     text = jax.jit(both).lower(jnp.ones(300), KEY, params).compile().as_text()
     outside = [line for part in text.split("\n\n") if "fused_computation" not in part[:40] for line in part.splitlines()]
     assert not [line for line in outside if "= u32[200,300]" in line or "= pred[200,300]" in line]
+
+
+# ---------------------------------------------------------------------------------------------------------------- dither
+
+
+def test_dither_keeps_the_mean_and_what_lies_on_the_grid():
+    """x lies on bfloat16's grid, or is rounded to one of its two neighbours, up with the probability of its distance from the lower."""
+    on_grid = np.array([0, 1, -1.5, 2.0**-130, -3e38, np.inf, -np.inf], jnp.bfloat16).astype(np.float32)
+    for bits in (0, 0xFFFF, 0xFFFFFFFF):
+        np.testing.assert_array_equal(dithered(on_grid, np.uint32(bits)), on_grid)
+    bits = hashed(jnp.uint32(0), LOW, jnp.asarray(WORDS[0]))
+    for x in (1 + 2.0**-9, -1 - 2.0**-9, 3.1415927, -1e-20):
+        found = np.unique(np.asarray(dithered(jnp.full(N, x, jnp.float32), bits)), return_counts=True)
+        low, high = sorted(found[0].astype(np.float64))
+        share = (np.float64(np.float32(x)) - low) / (high - low)
+        assert np.array_equal(found[0].astype(jnp.bfloat16).astype(np.float32), found[0])
+        assert abs(found[1][1] - share * N) < LIMIT * (N * share * (1 - share)) ** 0.5, x
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_dithered_sum_loses_nothing_of_a_small_delta_on_average(key):
+    """Its rounding is that of its entries' indices and the key alone; gradients are those of the plain sum."""
+    params = {"layers": {"k": 0.02 * jax.random.normal(jax.random.key(0), (3, 100, 128), jnp.bfloat16)}}
+    theta = {"theta": 1e-4 * jax.random.normal(jax.random.key(1), (300,))}
+    method = {way: gpart(300, 3, stacked="^layers", apply=way) for way in ("sum", "dither")}
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    meant = method["sum"].apply(wide, theta)["layers"]["k"] - wide["layers"]["k"]
+    share = {}
+    for way in method:
+        moved = method[way].apply(params, theta, key)["layers"]["k"].astype(jnp.float32) - wide["layers"]["k"]
+        share[way] = float(jnp.vdot(moved, meant) / jnp.vdot(meant, meant))
+    assert share["sum"] < 0.3 and abs(share["dither"] - 1) < 0.15
+    whole = method["dither"].apply(params, theta, key)["layers"]["k"]
+    adapt = method["dither"].bind(params, theta, key)
+    for layer in range(3):
+        assert np.array_equal(adapt({"layers": {"k": params["layers"]["k"][layer]}}, layer)["layers"]["k"], whole[layer])
+    assert np.array_equal(method["dither"].apply(params, {"theta": jnp.zeros(300)}, key)["layers"]["k"], params["layers"]["k"])
+    g = jax.random.normal(jax.random.key(2), (3, 100, 128), jnp.bfloat16)
+    pulled = [jax.vjp(lambda t, m=m: m.apply(params, t, key), theta)[1]({"layers": {"k": g}})[0]["theta"] for m in method.values()]
+    np.testing.assert_array_equal(*pulled)
+
+
+def test_dither_is_for_bfloat16():
+    half = {"k": jnp.ones((30, 40), jnp.float16)}
+    with pytest.raises(ValueError, match="'k' is float16. Use apply='sum'"):
+        gpart(300, 3, apply="dither").apply(half, {"theta": jnp.zeros(300)})
+    wide = {"k": jnp.ones((30, 40))}
+    sums = [gpart(300, 3, apply=way).apply(wide, {"theta": jnp.arange(300.0)}, KEY)["k"] for way in ("sum", "dither")]
+    np.testing.assert_array_equal(*sums)

@@ -19,7 +19,7 @@ SEED = 3
 DROP = jnp.array([5, 7], jnp.uint32)
 
 
-def check(shapes, d, dtype, *, offset=0, parts=(), stacked=False, layer=None, rate=0.0):
+def check(shapes, d, dtype, *, offset=0, parts=(), stacked=False, layer=None, rate=0.0, dither=False):
     """W + P theta to the bit, and P^T within 1e-6 of each group's sum of absolute values.
 
     Args:
@@ -32,9 +32,9 @@ def check(shapes, d, dtype, *, offset=0, parts=(), stacked=False, layer=None, ra
     partition = make_partition(layout, d, SEED)
     leaves = [view.leaf for view in partition.regions[0].views][bool(offset) :]
     cuts = tuple(Cut(leaf, tuple((axis, leaf.shape[axis] // count) for axis, _, count in parts)) for leaf in leaves)
-    call = Call("balanced-v1", d, cuts, layer is not None, rate)
+    call = Call("balanced-v1", d, cuts, layer is not None, rate, dither)
     starts = jnp.array([[index * n for (_, index, _), (_, n) in zip(parts, cut.parts)] for cut in cuts], jnp.int32) if parts else None
-    where = Where((partition.keys[0],) * len(cuts), None if layer is None else jnp.int32(layer), starts, DROP if rate else None)
+    where = Where((partition.keys[0],) * len(cuts), None if layer is None else jnp.int32(layer), starts, DROP if rate or dither else None)
     assert all(tpu.reaches(call, n, jnp.dtype(dtype)) for n in range(len(cuts)))
 
     random, rho = np.random.default_rng(0), partition.permutations[0]
@@ -43,7 +43,7 @@ def check(shapes, d, dtype, *, offset=0, parts=(), stacked=False, layer=None, ra
     adapted = jax.jit(lambda *a: tpu.adapt(call, *a, interpret=True))(where, as_table(jnp.asarray(theta[rho]), "balanced-v1"), weights)
     summed = jax.jit(lambda *a: tpu.contract(call, *a, interpret=True))(where, weights)
 
-    total, magnitude = np.zeros(d), np.zeros(d)
+    sums, magnitude = np.zeros(d), np.zeros(d)
     for leaf, weight, found in zip(leaves, weights, adapted):
         index = leaf.offset + sum(np.arange(n).reshape([-1 if k == axis else 1 for k in range(len(leaf.shape))]) * step
                                   for axis, (n, step) in enumerate(zip(leaf.shape, leaf.strides)))  # fmt: skip
@@ -53,11 +53,14 @@ def check(shapes, d, dtype, *, offset=0, parts=(), stacked=False, layer=None, ra
         kept = dropout.keep_mask(np.uint32(0), index.astype(np.uint32), DROP, rate) if rate else np.ones(index.shape, bool)
         factor = np.where(kept, dropout.scale(rate), np.float32(0))
         groups = group_ids("balanced-v1", d, SEED, index)
-        np.testing.assert_array_equal(found, (weight.astype(np.float32) + theta[groups] * factor).astype(dtype))
+        total = weight.astype(np.float32) + theta[groups] * factor
+        if dither and dtype == "bfloat16":
+            total = np.asarray(dropout.dithered(total, dropout.hashed(np.uint32(0), index.astype(np.uint32), DROP)))
+        np.testing.assert_array_equal(found, total.astype(dtype))
         cotangent = weight.astype(np.float32) * factor
-        total += np.bincount(groups.ravel(), cotangent.ravel().astype(np.float64), d)
+        sums += np.bincount(groups.ravel(), cotangent.ravel().astype(np.float64), d)
         magnitude += np.bincount(groups.ravel(), abs(cotangent).ravel().astype(np.float64), d)
-    assert np.all(abs(by_group(summed, partition) - total) <= 1e-6 * magnitude)
+    assert np.all(abs(by_group(summed, partition) - sums) <= 1e-6 * magnitude)
 
 
 def by_group(summed, partition):
@@ -84,10 +87,10 @@ def short_loops():
 
 
 @settings(max_examples=14)
-@given(st.integers(1, 40), st.sampled_from([64, 100, 128, 130, 256, 300]), LENGTHS, DTYPES, OFFSETS, RATES)
-def test_matrices(rows, columns, d, dtype, offset, rate):
+@given(st.integers(1, 40), st.sampled_from([64, 100, 128, 130, 256, 300]), LENGTHS, DTYPES, OFFSETS, RATES, st.booleans())
+def test_matrices(rows, columns, d, dtype, offset, rate, dither):
     with short_loops():
-        check([(rows + 1024 // columns, columns)], d, dtype, offset=offset + FILLER, rate=rate)
+        check([(rows + 1024 // columns, columns)], d, dtype, offset=offset + FILLER, rate=rate, dither=dither)
 
 
 @settings(max_examples=4)
@@ -110,7 +113,8 @@ def test_parts_of_a_layer(rows, columns, d, dtype, offset, rate, layer, kind):
     """The rows, the columns, or both, that one device holds of a stacked leaf; one layer, whose number is traced."""
     parts = {"r": [(1, 1, 2)], "c": [(2, 1, 2)], "b": [(1, 0, 2), (2, 1, 2)]}[kind]
     with short_loops():
-        check([(3, 32 * rows, columns)], d, dtype, offset=offset + FILLER, parts=parts, stacked=True, layer=layer, rate=rate)
+        options = dict(parts=parts, stacked=True, layer=layer, rate=rate, dither=rows % 2 == 0)
+        check([(3, 32 * rows, columns)], d, dtype, offset=offset + FILLER, **options)
 
 
 @pytest.mark.parametrize("d", [100, 5000, 66_048])

@@ -7,7 +7,6 @@ from jax.flatten_util import ravel_pytree
 
 from gpart_jax import (
     bitfit,
-    canonical_layout,
     chain,
     fastfood,
     full,
@@ -15,7 +14,6 @@ from gpart_jax import (
     gpart_transform,
     head,
     lora,
-    make_partition,
     uni_lora,
     vera,
 )

@@ -231,6 +231,25 @@ def test_blocks_of_a_stacked_leaf_are_divided_too():
     np.testing.assert_allclose(found["theta"], expected["theta"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_mesh_dithers_as_one_device_does():
+    params = {"layers": {"w": np.random.default_rng(0).standard_normal((3, 8, 16), np.float32).astype(jnp.bfloat16)}}
+    method = gpart(30, 1, stacked="^layers", apply="dither", dropout=0.1)
+    trainable, key = {"theta": jnp.linspace(-0.1, 0.1, 30)}, jax.random.key(2)
+    batch = {"x": np.random.default_rng(1).standard_normal((8, 3, 8, 16), np.float32)}
+
+    def loss(adapt, frozen, batch, key):
+        return (batch["x"] * adapt(frozen)["layers"]["w"].astype(jnp.float32)).sum((1, 2, 3)).mean()
+
+    mesh, shardings = on_mesh("2 x 2 x 2", params, [("w", P(None, "fsdp", "tensor"))])
+    found, _ = jax.jit(sharding.value_and_grad(loss, method, shardings))(
+        sharding.replicate(trainable, mesh), sharding.place(params, shardings), sharding.global_batch(batch, mesh),
+        jax.random.wrap_key_data(sharding.replicate(jax.random.key_data(key), mesh)),
+    )  # fmt: skip
+    expected, other = (loss(method.bind(params, trainable, jax.random.split(key)[n]), params, batch, None) for n in (0, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert abs(other / expected - 1) > 1e-3  # by another key
+
+
 @settings(max_examples=12)
 @given(
     st.integers(1, 4), st.integers(1, 4), st.sampled_from([4, 6, 12]), st.sampled_from([8, 40, 300]),

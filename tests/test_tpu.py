@@ -13,12 +13,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import math
+from experiments.abstract import describe
 from gpart_jax import canonical_layout, gpart, gpart_transform, lowerings, make_partition, sharding
 from gpart_jax.lowerings.base import Call, Cut, Where, table_shape
 from gpart_jax.models import cross_entropy, published
 from gpart_jax.models.attention import Pattern, attend
 from gpart_jax.transform import bind
-from launch.dryrun import describe
 from launch.hlo import collectives
 
 pytest.importorskip("libtpu")
@@ -58,24 +58,25 @@ def gradient(**options):
     return both
 
 
-KINDS = {  # shapes of leaves, dtype, d, dropout
-    "float32": ([(768, 768)] * 3, jnp.float32, 23_040, 0.1),
-    "bfloat16": ([(768, 768)] * 2, jnp.bfloat16, 512, 0.0),
-    "no multiples of 8 and 128": ([(100, 700), (1001, 130), (5000,), (3, 50, 96)], jnp.float32, 1001, 0.0),
-    "the same in bfloat16": ([(100, 700), (1001, 130), (5000,), (3, 50, 96)], jnp.bfloat16, 100, 0.1),
-    "tables that are held once": ([(1024, 1024)], jnp.bfloat16, 2**16 + 1, 0.1),
-    "the shortest theta": ([(512, 1024)], jnp.float32, 64, 0.0),
+KINDS = {  # shapes of leaves, dtype, d, options
+    "float32": ([(768, 768)] * 3, jnp.float32, 23_040, {"dropout": 0.1}),
+    "bfloat16": ([(768, 768)] * 2, jnp.bfloat16, 512, {}),
+    "dither": ([(768, 768), (50, 100)], jnp.bfloat16, 512, {"apply": "dither"}),
+    "no multiples of 8 and 128": ([(100, 700), (1001, 130), (5000,), (3, 50, 96)], jnp.float32, 1001, {}),
+    "the same in bfloat16": ([(100, 700), (1001, 130), (5000,), (3, 50, 96)], jnp.bfloat16, 100, {"dropout": 0.1}),
+    "tables that are held once": ([(1024, 1024)], jnp.bfloat16, 2**16 + 1, {"dropout": 0.1}),
+    "the shortest theta": ([(512, 1024)], jnp.float32, 64, {}),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_leaves(chips, kind):
-    shapes, dtype, d, rate = KINDS[kind]
+    shapes, dtype, d, options = KINDS[kind]
     params = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     partition = make_partition(canonical_layout(params), d, 3)
     one = jax.sharding.SingleDeviceSharding(chips[0])
     arguments = on(one, (partition, jax.ShapeDtypeStruct((d,), jnp.float32), params, params, KEY))
-    text = compiled(gradient(**dict(dropout=rate) if rate else {}), *arguments)
+    text = compiled(gradient(**options), *arguments)
     assert kernels(text) == 2
     size = sum(np.prod(shape) for shape in shapes)
     integers = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\b[su]\d+\[([\d,]+)\]", text)]

@@ -9,7 +9,6 @@ All agree to the bit in P theta, and in P^T to the rounding of float32 sums. Wha
 never changes; these files may.
 """
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -39,7 +38,7 @@ def adapt(call: Call, table: jax.Array, weights: Sequence[jax.Array], where: Whe
         if number not in results:
             lowering = plain if plain.reaches(call, number) else elements
             delta = _drop(call, number, lowering.expand(call, number, table, where), where)
-            results[number] = (weight + delta).astype(weight.dtype)
+            results[number] = _rounded(call, number, weight + delta, weight.dtype, where)
     return [results[number] for number in range(len(weights))]
 
 
@@ -76,8 +75,19 @@ def some(call: Call, where: Where, numbers: Sequence[int]) -> tuple[Call, Where]
 
 def _drop(call: Call, number: int, x: jax.Array, where: Where) -> jax.Array:
     """Dropout on a cut's entries of P theta, or on their cotangent. The mask is made again, not kept."""
-    if where.drop is None:
+    if not call.rate:
         return x
-    high, low = dropout.index_words(call.cuts[number].leaf, where.layer, parts_of(call, number, where))
-    kept = dropout.keep_mask(high, low, where.drop, call.rate)
+    assert where.drop is not None
+    kept = dropout.keep_mask(*_indices(call, number, where), where.drop, call.rate)
     return jnp.where(kept, x * dropout.scale(call.rate), 0)  # in float32 at least, as the scale is
+
+
+def _rounded(call: Call, number: int, x: jax.Array, dtype: DTypeLike, where: Where) -> jax.Array:
+    if call.dither and dtype == jnp.bfloat16:
+        assert where.drop is not None
+        x = dropout.dithered(x.astype(jnp.float32), dropout.hashed(*_indices(call, number, where), where.drop))
+    return x.astype(dtype)
+
+
+def _indices(call: Call, number: int, where: Where) -> tuple[jax.Array, jax.Array]:
+    return dropout.index_words(call.cuts[number].leaf, where.layer, parts_of(call, number, where))

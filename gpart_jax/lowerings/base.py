@@ -34,6 +34,7 @@ class Call(NamedTuple):
     cuts: tuple[Cut, ...]
     layered: bool = False  # one layer of each leaf, which is stacked, without the layer axis
     rate: float = 0.0  # of dropout
+    dither: bool = False  # sums are rounded to bfloat16 up or down by chance, else to the nearest
     split: bool = False  # within `sharding.value_and_grad`: whole leaves come, and "tensor" is yet to divide them
 
 
@@ -43,7 +44,7 @@ class Where(NamedTuple):
     keys: tuple  # of each cut, uint32 (2,), with which chunks or elements are hashed; signed_magnitude: its group ids
     layer: Array | None = None  # int32 (); None unless `layered`
     starts: Array | None = None  # where each cut's part begins along each of its axes, int32 (cuts, most axes); None: no parts
-    drop: Array | None = None  # uint32 (2,), the key of the dropout mask; None: no dropout
+    drop: Array | None = None  # uint32 (2,), the key of the dropout mask and of the dither; None: neither
 
 
 def is_doubled(scheme: str, d: int) -> bool:

@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 from gpart_jax import uint64
 from gpart_jax.lowerings.base import LANES, Call, Where, chunks_of, is_doubled, of_layer, parts_of, row_length
 from gpart_jax.partition import TABLES
-from gpart_jax.targets import Leaf
 
 _SHORTEST_RUN = 256  # a few numbers of each block and chunk are held in the program: from this d on, some per cent of N
 _BLOCK = 256  # the shortest blocks that no chunk begins in, forward

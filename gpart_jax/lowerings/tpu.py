@@ -88,8 +88,9 @@ def _adapt_kernel(call, groups, table_ref, *refs):
             group.each_piece(group.plan.cells, group.plan.pieces, functools.partial(lay, whole=False))
 
             def add(tile, places):
-                delta = group.drop(call, words, tile, flat[places])
-                result[tile] = (block[tile].astype(jnp.float32) + delta).astype(group.dtype)
+                bits = group.bits(call, words, tile, wanted=call.rate or group.dithers(call))
+                total = block[tile].astype(jnp.float32) + group.drop(call, bits, flat[places])
+                result[tile] = (dropout.dithered(total, bits) if group.dithers(call) else total).astype(group.dtype)
 
             group.each_tile(add)
 
@@ -109,7 +110,8 @@ def _contract_kernel(call, groups, *refs):
 
         def work(words, block, group=group):
             def lay(tile, places):
-                flat[places] = group.drop(call, words, tile, block[tile].astype(jnp.float32))
+                bits = group.bits(call, words, tile, wanted=call.rate)
+                flat[places] = group.drop(call, bits, block[tile].astype(jnp.float32))
 
             group.each_tile(lay)
             group.each_piece(0, group.plan.pieces, functools.partial(_add, words, total, flat, group.plan.step))
@@ -200,19 +202,27 @@ class _Group(NamedTuple):
 
         jax.lax.fori_loop(0, self.plan.block // rows, some, 0)
 
-    def drop(self, call, words, tile, x):
-        """Dropout on a tile. The last row of `words` holds the index of the block's first element, and the key."""
-        if not call.rate:
-            return x
+    def dithers(self, call) -> bool:
+        return call.dither and self.dtype == jnp.bfloat16
+
+    def drop(self, call, bits, x):
+        """Dropout on a tile."""
+        return jnp.where(dropout.kept(bits, call.rate), x * dropout.scale(call.rate), 0) if call.rate else x
+
+    def bits(self, call, words, tile, wanted):
+        """Of a tile's elements. The last row of `words` holds the index of the block's first element, and the key."""
+        if not wanted:
+            return None
         rows, columns = tile
+        shape = rows.size, columns.stop - columns.start
         first_high, first_low, *key = (words[words.shape[0] - 1, n].astype(jnp.uint32) for n in range(4))
-        row = jax.lax.broadcasted_iota(jnp.uint32, x.shape, 0) + rows.start.astype(jnp.uint32)
-        column = jax.lax.broadcasted_iota(jnp.uint32, x.shape, 1) + np.uint32(columns.start)
+        row = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) + rows.start.astype(jnp.uint32)
+        column = jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + np.uint32(columns.start)
         low = first_low + row * np.uint32(self.form.pitch) + column
         high = first_high
         if any(call.cuts[number].leaf.crosses_2_32 for number in self.numbers):
             high = jnp.where(low < first_low, first_high + np.uint32(1), first_high)
-        return jnp.where(dropout.keep_mask(high, low, (key[0], key[1]), call.rate), x * dropout.scale(call.rate), 0)
+        return dropout.hashed(high, low, (key[0], key[1]))
 
 
 def _stream(group: _Group, word_ref, arrays, results, scratch, work):

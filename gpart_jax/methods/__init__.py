@@ -7,7 +7,7 @@ params = method.apply(params, trainable, key)    # the adapted model; a key turn
 
 import jax
 
-from gpart_jax.methods.base import METHODS, Method, chain
+from gpart_jax.methods.base import METHODS, SIZES, Method, chain
 from gpart_jax.methods.fastfood import fastfood
 from gpart_jax.methods.gpart import gpart
 from gpart_jax.methods.leaves import bitfit, full, head
@@ -16,6 +16,7 @@ from gpart_jax.targets import PyTree, Targets
 
 __all__ = [
     "METHODS",
+    "SIZES",
     "Method",
     "bitfit",
     "chain",

@@ -49,20 +49,31 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Callable[..., Method]] = {}
+SIZES: dict[str, str] = {}  # by method: which of its options is its size
 
 
-def registered(make: Callable[..., Method]) -> Callable[..., Method]:
-    """Enters a function that makes a method into METHODS; the method then carries its name and all of its options."""
-    signature = inspect.signature(make)
+def registered(size: str | None = None) -> Callable:
+    """Enters a function that makes a method into METHODS; the method then carries its name and all of its options.
 
-    @functools.wraps(make)
-    def named(*args, **options):
-        method, given = make(*args, **options), signature.bind(*args, **options)
-        given.apply_defaults()
-        return method._replace(name=make.__name__, options=dict(given.arguments))
+    Args:
+      size: the option that is the method's size, by which tables sort it: "d", for a theta of d numbers, or another; None: it has none.
+    """
 
-    METHODS[make.__name__] = named
-    return named
+    def register(make: Callable[..., Method]) -> Callable[..., Method]:
+        signature = inspect.signature(make)
+
+        @functools.wraps(make)
+        def named(*args, **options):
+            method, given = make(*args, **options), signature.bind(*args, **options)
+            given.apply_defaults()
+            return method._replace(name=make.__name__, options=dict(given.arguments))
+
+        METHODS[make.__name__] = named
+        if size:
+            SIZES[make.__name__] = size
+        return named
+
+    return register
 
 
 def chain(*methods: Method) -> Method:

@@ -12,7 +12,7 @@ from gpart_jax.partition import seed_to_int
 from gpart_jax.targets import Leaf, Targets, canonical_layout
 
 
-@registered
+@registered(size="d")
 def fastfood(d: int, seed: int = 0, *, targets: Targets = None, stacked: str | None = None) -> Method:
     """W = W0 + P theta with the dense P of Fastfood (Le et al., ICML 2013; for fine-tuning: arXiv 2012.13255, section 3).
 

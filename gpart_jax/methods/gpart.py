@@ -10,7 +10,7 @@ from gpart_jax.sharding import tensor_axis
 from gpart_jax.targets import Layout, Targets, canonical_layout, named_leaves
 
 
-@registered
+@registered(size="d")
 def gpart(
     d: int,
     seed: int = 0,
@@ -32,7 +32,8 @@ def gpart(
       targets, scheme, scope, isometric, dropout: as in `gpart_transform`.
       init_bound: theta starts uniform in [-init_bound, init_bound]; 0, as in the paper, is the base model itself.
       stacked: a pattern of leaves whose first axis counts layers, as in `canonical_layout`.
-      apply: "sum": W0 + P theta, rounded to W0's dtype. "split", for the models of `gpart_jax.models`: their layers get W0 and
+      apply: "sum": W0 + P theta, rounded to W0's dtype. "dither": rounded to bfloat16 up or down by chance, so that no entry of
+        P theta is lost on average; with a key by that, else by a fixed hash of each entry's index. "split", for the models of `gpart_jax.models`: their layers get W0 and
         P theta apart, and compute x W0 + x P theta, so that bfloat16 loses no entry of P theta (`linear.py`).
 
     Returns:
@@ -62,6 +63,6 @@ def gpart(
         )
         leaves = dict(named_leaves(params))
         split = {leaf.path: tensor_axis(leaves[leaf.path]) for leaf in partition.layout.leaves} if on_mesh else None
-        return transform.bind(partition, trainable["theta"], dropout, key if dropout else None, split, apply=apply)
+        return transform.bind(partition, trainable["theta"], dropout, key if dropout or apply == "dither" else None, split, apply=apply)
 
     return Method(init, bind, make_tables, linear=True)

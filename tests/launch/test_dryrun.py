@@ -141,7 +141,7 @@ def test_generation_is_described_too():
     assert dryrun.device_bytes(step.held["cache"]) == 24 * 8 * 512 * 64 * 2 * 2 + 4 * 8
     tokens = step.function.lower(*step.arguments).out_info[0]
     assert tokens.shape == (16, dryrun.NEW_TOKENS)
-    with pytest.raises(app.UsageError, match="roberta-base is no decoder, and generates nothing"):
+    with pytest.raises(ValueError, match="roberta-base is no decoder, and generates nothing"):
         dryrun.describe(glue.get_config("rte,base"), mesh, 8, "generate")
 
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_laid_out_is_refused():
         dryrun.parse_mesh("data")
     config = glue.get_config("rte,minilm")
     config.model.source = "my-encoder"
-    with pytest.raises(app.UsageError, match="The shape of my-encoder isn't known: it is no directory"):
+    with pytest.raises(ValueError, match="The shape of my-encoder isn't known: it is no directory"):
         dryrun.describe(config, sharding.make_mesh())
 
 
