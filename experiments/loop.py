@@ -87,7 +87,7 @@ class Schedule(NamedTuple):
     every: int
 
     @classmethod
-    def of(cls, options: ml_collections.ConfigDict, task: data.Task) -> "Schedule":
+    def from_options(cls, options: ml_collections.ConfigDict, task: data.Task) -> "Schedule":
         epoch = len(task.train) // options.batch_size
         return cls(options.epochs * epoch, epoch, options.get("validate_every") or epoch)
 

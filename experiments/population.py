@@ -82,7 +82,7 @@ def _train(configs, workdirs, devices) -> None:
     mesh = sharding.make_mesh({"data": used}, devices[:used])
     methods = [from_spec(member.method.to_dict(), member.head_targets) for member in configs]
     experiments = _share([build(member) for member in configs], methods)
-    schedule = loop.Schedule.of(config.train, experiments[0].task)
+    schedule = loop.Schedule.from_options(config.train, experiments[0].task)
     members = [
         loop.Member(
             member, workdir, experiment,

@@ -120,10 +120,10 @@ def trained_shardings(trainable, optimizer_state, shardings) -> tuple:
     placed = sharding.of_trained(trainable, shardings)
     by_path, everywhere = dict(jax.tree.leaves_with_path(placed)), NamedSharding(jax.tree.leaves(shardings)[0].mesh, P())
 
-    def of(path, _):  # a moment's path ends with that of what it is of
+    def place_of(path, _):  # a moment's path ends with that of what it is of
         return next((by_path[path[n:]] for n in range(len(path)) if path[n:] in by_path), everywhere)
 
-    return placed, jax.tree.map_with_path(of, optimizer_state)
+    return placed, jax.tree.map_with_path(place_of, optimizer_state)
 
 
 def take_step(optimizer: optax.GradientTransformation, trainable, optimizer_state, loss: jax.Array, gradient):

@@ -29,12 +29,12 @@ from experiments import report
 from experiments.config import flatten
 from experiments.logger import quiet
 from experiments.workdir import local
-from experiments.workers import Run, run_all
+from experiments.workers import Planned, run_all
 
 
 def make_runs(
     config: ml_collections.ConfigDict, sweeps: list[str], seeds: list[int], workdir: pathlib.Path
-) -> list[Run]:
+) -> list[Planned]:
     """The runs of a grid, those of one cell that differ in their seed beside each other.
 
     Args:
@@ -68,7 +68,7 @@ def make_runs(
                 raise ValueError(f"config.{key} cannot be {value!r}: {error}.") from error
         for seed in seeds:
             cell.seed = seed  # and with it what refers to it, as the partition's in configs/glue.py
-            run = Run(cell.copy_and_resolve_references(), run_directory(cell, workdir, tuple(grid)))
+            run = Planned(cell.copy_and_resolve_references(), run_directory(cell, workdir, tuple(grid)))
             if run.directory in runs:
                 raise ValueError(f"Two runs of the grid would be {run.directory}. Does a key have a value twice?")
             runs[run.directory] = run

@@ -70,7 +70,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
         return json.loads((workdir / "results.json").read_text())
 
     experiment = build(config, mesh)
-    task, schedule = experiment.task, loop.Schedule.of(config.train, experiment.task)
+    task, schedule = experiment.task, loop.Schedule.from_options(config.train, experiment.task)
     optimizer = make_optimizer(schedule.total, **config.optimizer)
     part, parts = sharding.data_part(mesh)
     batches = data.train_batches(

@@ -26,12 +26,12 @@ AGAIN = 5.0  # seconds until a run that is trained elsewhere is asked for again
 IN_USE = "in use"
 
 
-class Run(NamedTuple):
+class Planned(NamedTuple):
     config: ml_collections.ConfigDict
     directory: pathlib.Path
 
 
-def run_all(runs: list[Run], jobs: int, workdir: pathlib.Path, population: int = 1) -> dict[pathlib.Path, str]:
+def run_all(runs: list[Planned], jobs: int, workdir: pathlib.Path, population: int = 1) -> dict[pathlib.Path, str]:
     """Trains the runs that aren't finished, `jobs` at once, and shows how far the whole is.
 
     Up to `population` runs that follow one another and may share a program are trained together, as one job. A run that another
@@ -85,7 +85,7 @@ def run_all(runs: list[Run], jobs: int, workdir: pathlib.Path, population: int =
     return failures
 
 
-def together(runs: list[Run], most: int) -> list[list[Run]]:
+def together(runs: list[Planned], most: int) -> list[list[Planned]]:
     """The runs in order, in groups of up to `most` that may be one population."""
     groups = []
     for run in runs:
@@ -132,7 +132,7 @@ class Worker:
         self.runs = self.process = None
         self._arguments = gpu_share(visible_gpus(), slot, jobs), cache
 
-    def give(self, runs: list[Run]) -> None:
+    def give(self, runs: list[Planned]) -> None:
         if not self.process:
             context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
             self.connection, theirs = context.Pipe()
@@ -198,7 +198,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _train(runs: list[Run]) -> list[dict | str]:
+def _train(runs: list[Planned]) -> list[dict | str]:
     from experiments.population import train_population  # the parent does without: it starts in half the time
     from experiments.train import train
 

@@ -89,7 +89,7 @@ def param_shardings(params: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
             some = ", ".join(repr(path) for path in list(leaves)[:: max(1, len(leaves) // 4)][:4])
             raise ValueError(f"Sharding rule {pattern!r} matches no parameter. Paths look like: {some}.")
 
-    def of(path, leaf):
+    def sharding_of(path, leaf):
         spec = next((spec for pattern, spec in rules if re.search(pattern, path)), P())
         if len(spec) > len(leaf.shape):
             raise ValueError(f"Sharding rule {spec} has more axes than {path!r}, of shape {leaf.shape}.")
@@ -99,7 +99,7 @@ def param_shardings(params: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
         kept = [axis if divided else None for axis, divided in zip(spec, divides)]
         return NamedSharding(mesh, P(*kept))
 
-    return replace_leaves(params, {path: of(path, leaf) for path, leaf in leaves.items()})
+    return replace_leaves(params, {path: sharding_of(path, leaf) for path, leaf in leaves.items()})
 
 
 def of_trained(trainable: PyTree, shardings: PyTree) -> PyTree:
@@ -352,7 +352,7 @@ def over_tensor(function: Callable, out_specs: PyTree) -> Callable:
     return call
 
 
-def whole(x: jax.Array) -> jax.Array:
+def undivided(x: jax.Array) -> jax.Array:
     """`x` with the hint that each device along "tensor" shall hold all of it; `x` itself where there is no such axis.
 
     For a model's residual stream. Without it XLA may divide that too, and then has to move weight gradients around.

@@ -24,7 +24,7 @@ from gpart_jax.models.attention import Pattern, attend, choose
 from gpart_jax.models.cross_entropy import token_losses
 from gpart_jax.models.linear import Dense
 from gpart_jax.models.remat import remat
-from gpart_jax.sharding import whole
+from gpart_jax.sharding import undivided
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -224,7 +224,7 @@ class Decoder(nn.Module):
             config.vocab_size, config.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=init,
             name="embed",
         )  # fmt: skip
-        hidden = whole(embed(input_ids))  # (B, L, H)
+        hidden = undivided(embed(input_ids))  # (B, L, H)
         if config.family == "gemma":
             hidden *= jnp.asarray(config.hidden_size**0.5, self.dtype)
 
@@ -281,8 +281,8 @@ class Layer(nn.Module):
         types = self.config, self.dtype, self.param_dtype
         normed = RMSNorm(*types, name="attention_norm")(hidden)
         attended, cache = Attention(*types, name="attention")(normed, rope, see, cache, number)
-        hidden += whole(attended)
-        return hidden + whole(MLP(*types, name="mlp")(RMSNorm(*types, name="mlp_norm")(hidden))), cache
+        hidden += undivided(attended)
+        return hidden + undivided(MLP(*types, name="mlp")(RMSNorm(*types, name="mlp_norm")(hidden))), cache
 
 
 class Attention(nn.Module):
