@@ -30,11 +30,24 @@ def has_seed(name: str) -> bool:
     return name in ("gpart", "uni_lora", "vera", "fastfood")
 
 
+def optimizer() -> ml_collections.ConfigDict:
+    """config.optimizer: how theta's rate is found, beside what a recipe sets."""
+    config = ml_collections.ConfigDict()
+    config.name = "adamw"  # or "prodigy", "dog", which find their own rate: lr and step are None then
+    config.lr = config_dict.placeholder(float)  # peak rate of all but the head
+    config.step = config_dict.placeholder(float)  # in its place the length of a step in weight space: the rate is step / sqrt(d)
+    config.start = 0.01  # of prodigy and dog: the first estimate of the distance to be moved, a share of |W0|
+    return config
+
+
 def train(**sizes: int) -> ml_collections.ConfigDict:
     """config.train: the sizes, and what may be set beside them."""
     config = ml_collections.ConfigDict(sizes)
     config.validate_every = config_dict.placeholder(int)  # steps; None: each epoch
     config.patience = config_dict.placeholder(int)  # validations in a row without a better one, which end it; None: nothing does
+    # Which validation's adapter is kept and tested: the best on "heldout" training data; the "last"; or the best on the test set that is
+    # then "scored", as most published tables have it: then results.json has all three.
+    config.select = "heldout"
     config.nonfinite = "stop"  # or "skip": what to do about a loss that isn't finite
     config.step_timeout = config_dict.placeholder(float)  # seconds for log_every steps; None: any
     config.writers = ("tensorboard",)  # of logger.WRITERS, beside the console and metrics.jsonl: tensorboard, wandb

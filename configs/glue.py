@@ -98,7 +98,7 @@ def get_config(arguments: str = "sst2") -> ml_collections.ConfigDict:
         checkpoint_every=500,  # steps
     )
 
-    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer = common.optimizer()
     config.optimizer.lr = lr  # peak, of all but the head
     config.optimizer.head_lr = head_lr
     config.optimizer.weight_decay = 0.1  # on theta and on matrices

@@ -77,7 +77,7 @@ def get_config(arguments: str = "qwen25_05b") -> ml_collections.ConfigDict:
         checkpoint_every=500,  # steps
     )
 
-    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer = common.optimizer()
     config.optimizer.lr = 2e-4 if not small else 5e-3  # peak; small: ours, for some hundreds of steps
     config.optimizer.head_lr = 0.0
     config.optimizer.weight_decay = 0.01

@@ -47,7 +47,7 @@ def get_config(method: str = "gpart") -> ml_collections.ConfigDict:
         checkpoint_every=100,  # steps
     )
 
-    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer = common.optimizer()
     config.optimizer.lr = LR[method]  # peak, of all but the head
     config.optimizer.head_lr = 1e-3
     config.optimizer.weight_decay = 0.01

@@ -75,7 +75,7 @@ def get_config(arguments: str = "digits") -> ml_collections.ConfigDict:
         checkpoint_every=200,  # steps
     )
 
-    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer = common.optimizer()
     config.optimizer.lr = LR[method]  # peak, of all but the head
     config.optimizer.head_lr = 3e-3
     config.optimizer.weight_decay = 0.01

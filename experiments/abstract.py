@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.build import fitted
 from experiments.data import Task
 from experiments.flops import matmul_flops
-from experiments.optimizer import make_optimizer
+from experiments.optimizer import make_optimizer, options_of
 from experiments.step import make_loss, make_outputs, make_train_step, trained_shardings
 from experiments.text import INPUTS
 from gpart_jax import sharding
@@ -86,7 +86,7 @@ def describe(config, mesh, length: int | None = None, part: str = "train") -> St
     method = from_spec(config.method.to_dict(), config.head_targets)
     trainable = jax.eval_shape(method.init, frozen, jax.random.key(0))
     everywhere = NamedSharding(mesh, P())
-    optimizer = make_optimizer(1000, **config.optimizer)
+    optimizer = make_optimizer(1000, **options_of(config, method))
     state = jax.eval_shape(optimizer.init, trainable)
     own = trained_shardings(trainable, state, shardings)
     trainable, state = jax.tree.map(_as_struct, (trainable, state), own)

@@ -2,9 +2,11 @@
 
 import difflib
 import json
+from collections.abc import Collection
 
 import ml_collections
-from absl import app
+from absl import app, flags
+from ml_collections import config_flags
 
 _KEYS = {  # None: a value, or a section that is checked by its user
     "seed": None,
@@ -18,7 +20,8 @@ _KEYS = {  # None: a value, or a section that is checked by its user
 }
 _OPTIONAL = {
     "model": {"attention", "dropout", "remat", "shape"},
-    "train": {"compiled", "export", "nonfinite", "patience", "profile", "step_timeout", "validate_every", "writers"},
+    "optimizer": {"name", "start", "step"},
+    "train": {"compiled", "export", "nonfinite", "patience", "profile", "select", "step_timeout", "validate_every", "writers"},
 }
 
 
@@ -31,7 +34,7 @@ OPERATIONAL = (
 
 
 # What options that came later did before they came: no older run is another for lacking them.
-_BEFORE = {"method.apply": ("sum",), "method.dropout": (0.0,)}
+_BEFORE = {"optimizer.name": ("adamw",), "optimizer.start": (0.01,), "train.select": ("heldout",), "method.apply": ("sum",), "method.dropout": (0.0,)}
 
 
 def identity(config: ml_collections.ConfigDict) -> dict:
@@ -63,17 +66,35 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for key in _KEYS["train"]:
         if not isinstance(config.train[key], int) or config.train[key] < 1:
             raise ValueError(f"config.train.{key} must be a positive integer, not {config.train[key]!r}.")
-    if config.train.get("nonfinite", "stop") not in NONFINITE:
-        raise ValueError(
-            f"config.train.nonfinite must be one of {', '.join(NONFINITE)}, not {config.train.nonfinite!r}."
-        )
+    for key, known in (("nonfinite", NONFINITE), ("select", SELECT)):
+        if config.train.get(key, known[0]) not in known:
+            raise ValueError(f"config.train.{key} must be one of {', '.join(known)}, not {config.train[key]!r}.")
+
+
+RATE_FREE = ("prodigy", "dog")  # optimizers that find their rate from the distance moved
+
+
+def from_flags() -> ml_collections.ConfigDict:
+    """The config of --config, with what else the command line sets of it."""
+    config = flags.FLAGS.config
+    settle_rate(config, config_flags.get_override_values(flags.FLAGS["config"]))
+    return config
+
+
+def settle_rate(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
+    """Of a config's ways to give theta's rate (lr, step, a rate-free optimizer) leaves what `given`, the keys set by hand, name."""
+    chosen = {key for key in ("lr", "step") if f"optimizer.{key}" in given}
+    if chosen or ("optimizer.name" in given and config.optimizer.name in RATE_FREE):
+        for key in {"lr", "step"} - chosen:
+            config.optimizer[key] = None
 
 
 NONFINITE = ("stop", "skip")  # what to do about a loss that isn't finite: config.train.nonfinite
+SELECT = ("heldout", "scored", "last")  # by what the validation is chosen whose adapter is kept and tested: config.train.select
 
 
 # What runs trained together, in one program, may differ in (experiments/population.py).
-FREE = ("seed", "method.seed", "optimizer.lr", "optimizer.head_lr", "optimizer.weight_decay")
+FREE = ("seed", "method.seed", "optimizer.lr", "optimizer.step", "optimizer.head_lr", "optimizer.weight_decay")
 
 
 def differences(one: ml_collections.ConfigDict, other: ml_collections.ConfigDict) -> list[str]:

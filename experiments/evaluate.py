@@ -25,7 +25,7 @@ from experiments.build import Experiment, build
 from experiments.checkpoint import Checkpoints
 from experiments.config import parse_mesh
 from experiments.logger import quiet
-from experiments.optimizer import make_optimizer
+from experiments.optimizer import make_optimizer, options_of
 from experiments.step import make_outputs
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.tasks.math import NEW_TOKENS
@@ -133,7 +133,8 @@ def _trained(config, workdir: pathlib.Path, experiment: Experiment) -> tuple[Met
     if (workdir / "adapter.safetensors").is_file():
         return load_adapter(workdir / "adapter.safetensors").on(experiment.params)
     method = from_spec(config.method.to_dict(), config.head_targets)
-    fresh = sharding.fetch(loop.initial_state(config, method, make_optimizer(1, **config.optimizer), experiment.params))
+    optimizer = make_optimizer(1, **options_of(config, method))
+    fresh = sharding.fetch(loop.initial_state(config, method, optimizer, experiment.params))
     with Checkpoints(workdir) as checkpoints:
         state = checkpoints.restore(fresh)
     if state is fresh:

@@ -23,7 +23,7 @@ from experiments.build import Experiment
 from experiments.checkpoint import Checkpoints
 from experiments.flops import peak
 from experiments.logger import Logger
-from experiments.optimizer import learning_rate
+from experiments.optimizer import rate_at
 from experiments.signals import EXIT_CODES, Interrupt, Interrupted
 from gpart_jax import sharding
 from gpart_jax.methods import Method
@@ -35,6 +35,7 @@ class Member(NamedTuple):
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
     experiment: Experiment
+    optimizer: dict  # options of `make_optimizer`
     batches: Any  # an iterator whose position can be saved
     state: dict  # of `initial_state`, on the host
 
@@ -186,12 +187,17 @@ def restore(members: list[Member], checkpoints: list[Checkpoints]) -> tuple[list
 
 
 def validate(members, engine, trained, schedule: Schedule, step: int, loggers: list[Logger], poll: Callable) -> None:
-    """Scores the held-out examples, and keeps in each state what was the best so far."""
+    """Scores the held-out examples, and keeps in each state what was the best so far, by config.train.select."""
     shown = []
     for number, (member, logger) in enumerate(zip(members, loggers)):
         trainable, task = engine.trainable(trained, number), member.experiment.task
         scores = engine.score(number, task.validation, trainable, poll)[0] if task.validation else {}
-        keep_best(member.state, trainable, task, scores, schedule.validation(step))
+        by = {"heldout": scores, "last": {}}
+        select = member.config.train.get("select", "heldout")
+        if select == "scored":
+            by["scored"] = engine.score(number, task.test, trainable, poll)[0]
+            logger.write(step, **{f"test_{name}": value for name, value in by["scored"].items()})
+        keep_best(member.state, trainable, task, by[select], schedule.validation(step))
         if scores:
             logger.write(step, **{f"validation_{name}": value for name, value in scores.items()})
             shown.append(scores)
@@ -205,9 +211,9 @@ def validate(members, engine, trained, schedule: Schedule, step: int, loggers: l
 
 
 def keep_best(state: dict, trainable, task: data.Task, scores: dict, number: int) -> None:
-    """Remembers in state["best"] what a validation found, if it is the best so far, or if there are no held-out examples."""
+    """Remembers in state["best"] what a validation found, if it is the best so far, or if there are no scores to choose by."""
     value = task.better * scores[task.metrics[0]] if scores else -math.inf
-    if value > state["best"]["score"] or not task.validation:
+    if value > state["best"]["score"] or not scores:
         state["best"] = {"trainable": jax.tree.map(np.array, sharding.fetch(trainable)), "score": value, "epoch": number}
 
 
@@ -225,7 +231,7 @@ def log(history: list[dict], members: list[Member], loggers: list[Logger], sched
     for number, (member, logger) in enumerate(zip(members, loggers)):
         mean = finite_mean(arrays, number, member, schedule, step, loggers[0].say)
         now = {name: float(values[-1, number]) for name, values in arrays.items()} | {"loss": mean}
-        rate = learning_rate(step - 1, schedule.total, **member.config.optimizer)
+        rate = rate_at(step - 1, schedule.total, **member.optimizer)
         logger.write(step, **now, learning_rate=rate, **watched)
 
 

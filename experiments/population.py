@@ -22,7 +22,7 @@ from experiments import data, loop, metrics
 from experiments.build import Experiment, build
 from experiments.config import FREE, check_config, differences
 from experiments.evaluate import predict
-from experiments.optimizer import make_optimizer
+from experiments.optimizer import make_optimizer, options_of
 from experiments.processes import cache_programs
 from experiments.step import make_loss, make_outputs, take_step
 from experiments.tasks import LANGUAGE, task_kind
@@ -83,13 +83,14 @@ def _train(configs, workdirs, devices) -> None:
     methods = [from_spec(member.method.to_dict(), member.head_targets) for member in configs]
     experiments = _share([build(member) for member in configs], methods)
     schedule = loop.Schedule.from_options(config.train, experiments[0].task)
+    options = [options_of(*of_member) for of_member in zip(configs, methods, (one.params for one in experiments))]
     members = [
         loop.Member(
-            member, workdir, experiment,
+            member, workdir, experiment, own,
             data.train_batches(experiment.task, config.train.batch_size, config.train.epochs, member.seed),
-            loop.initial_state(member, method, make_optimizer(schedule.total, **member.optimizer), experiment.params),
+            loop.initial_state(member, method, make_optimizer(schedule.total, **own), experiment.params),
         )
-        for member, workdir, experiment, method in zip(configs, workdirs, experiments, methods)
+        for member, workdir, experiment, method, own in zip(configs, workdirs, experiments, methods, options)
     ]  # fmt: skip
     engine = Together(members, methods, schedule, mesh)
 
@@ -112,9 +113,9 @@ class Together:
         self._frozen = sharding.place(params, everywhere)
         self._own_tables = [method.tables(member.experiment.params) for method, member in zip(methods, members)]
         self._tables = sharding.place(_stack(self._own_tables), self._along)
-        rates = {rate: np.array([member.config.optimizer[rate] for member in members], np.float32) for rate in RATES}
+        rates = {rate: np.array([member.optimizer[rate] for member in members], np.float32) for rate in RATES}
         self._rates = sharding.place(rates, self._along)
-        self._step = _make_step(make_loss(model, task), methods[0], config, schedule.total, mesh)
+        self._step = _make_step(make_loss(model, task), methods[0], members[0], schedule.total, mesh)
         self._outputs = make_outputs(model, task, methods[0], jax.tree.map(lambda _: everywhere, params))
 
     def place(self, states):
@@ -146,9 +147,9 @@ class Together:
         return metrics.score(task, examples, logits), logits
 
 
-def _make_step(loss, method, config, total_steps, mesh):
+def _make_step(loss, method, member: loop.Member, total_steps, mesh):
     """`step.make_train_step` for each member, with its own tables and rates."""
-    fixed = {name: value for name, value in config.optimizer.items() if name not in RATES}
+    fixed = {name: value for name, value in member.optimizer.items() if name not in RATES}
 
     def one(trainable, optimizer_state, batch, key_data, tables, rates, frozen, number):
         optimizer = make_optimizer(total_steps, **fixed, **rates)
@@ -158,7 +159,7 @@ def _make_step(loss, method, config, total_steps, mesh):
             method_key, model_key = jax.random.split(key)
             return loss(method.bind(frozen, trainable, method_key, False, tables, batch["row"]), frozen, batch, model_key)
 
-        gradient_of = sharding.in_parts(own_loss, config.train.accumulate)
+        gradient_of = sharding.in_parts(own_loss, member.config.train.accumulate)
         return take_step(optimizer, trainable, optimizer_state, *gradient_of(trainable, batch, key))
 
     def step(trainable, optimizer_state, frozen, batch, key_data, number, tables, rates):

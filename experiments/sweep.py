@@ -26,7 +26,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import report
-from experiments.config import flatten
+from experiments.config import flatten, from_flags, settle_rate
 from experiments.logger import quiet
 from experiments.workdir import local
 from experiments.workers import Planned, run_all
@@ -66,6 +66,7 @@ def make_runs(
                 cell.update_from_flattened_dict({key: value})
             except TypeError as error:
                 raise ValueError(f"config.{key} cannot be {value!r}: {error}.") from error
+        settle_rate(cell, grid)
         for seed in seeds:
             cell.seed = seed  # and with it what refers to it, as the partition's in configs/glue.py
             run = Planned(cell.copy_and_resolve_references(), run_directory(cell, workdir, tuple(grid)))
@@ -154,7 +155,7 @@ def parse_seeds(text: str) -> list[int]:
 def main(_):
     quiet()
     workdir = local(flags.FLAGS.workdir)
-    runs = make_runs(flags.FLAGS.config, flags.FLAGS.sweep, parse_seeds(flags.FLAGS.seeds), workdir)
+    runs = make_runs(from_flags(), flags.FLAGS.sweep, parse_seeds(flags.FLAGS.seeds), workdir)
     failures = run_all(runs, flags.FLAGS.jobs, workdir, flags.FLAGS.population)
     try:
         table = report.markdown(report.find_runs(workdir))

@@ -24,15 +24,15 @@ from ml_collections import config_flags
 
 from experiments import data, loop, metrics, processes
 from experiments.build import Experiment, build
-from experiments.config import check_config
+from experiments.config import check_config, from_flags
 from experiments.evaluate import predict
 from experiments.flops import matmul_flops
 from experiments.logger import Logger, quiet
-from experiments.optimizer import make_optimizer
+from experiments.optimizer import make_optimizer, options_of
 from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_outputs, make_train_step, trained_shardings
 from experiments.workdir import claim_workdir, clear_disk_errors, local, write_json
-from gpart_jax import load_adapter, save_adapter, sharding
+from gpart_jax import base_norm, load_adapter, save_adapter, sharding
 from gpart_jax.interop import huggingface
 from gpart_jax.methods import Method, from_spec, trained_numbers
 
@@ -71,14 +71,15 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
 
     experiment = build(config, mesh)
     task, schedule = experiment.task, loop.Schedule.from_options(config.train, experiment.task)
-    optimizer = make_optimizer(schedule.total, **config.optimizer)
+    options = options_of(config, method, experiment.params)
+    optimizer = make_optimizer(schedule.total, **options)
     part, parts = sharding.data_part(mesh)
     batches = data.train_batches(
         task, config.train.batch_size, config.train.epochs, config.seed, part=part, parts=parts
     )
     engine = Alone(config, experiment, method, optimizer, mesh)
     state = sharding.fetch(loop.initial_state(config, method, optimizer, experiment.params))
-    member = loop.Member(config, workdir, experiment, batches, state)
+    member = loop.Member(config, workdir, experiment, options, batches, state)
 
     def finish_member(member, number, logger, step, poll):
         finish(member, method, schedule, step, lambda *arguments: engine.score(number, *arguments, poll), logger, mesh)
@@ -175,6 +176,9 @@ def finish(
         from experiments.plots import draw_mistakes  # here, because Matplotlib is a fifth of a run's start
 
         draw_mistakes(task, logits, workdir / "mistakes.png")
+    select = config.train.get("select", "heldout")
+    if select == "scored":
+        more["test_by_protocol"] = by_protocol(rows, task) | {"scored": scores[task.metrics[0]]}
     results = {
         "method": config.method.name,
         "task": config.task.name,
@@ -182,9 +186,12 @@ def finish(
         "metric": task.metrics[0],
         "test": scores[task.metrics[0]],
         "test_scores": scores,
-        "validation": task.better * float(best["score"]) if task.validation else None,
+        "validation": task.better * float(best["score"]) if task.validation and select == "heldout" else None,
+        "select": select if task.validation or select != "heldout" else "last",
         "best_epoch": best_epoch,
         "steps": step,
+        "learning_rate": member.optimizer["lr"],
+        **({"base_norm": base_norm(experiment.params, method.options["targets"])} if method.isometric else {}),
         "trained_numbers": trained_numbers(best["trainable"]),
         "adapter_bytes": adapter.stat().st_size,
         # The median leaves out the laps in which a step was compiled.
@@ -194,6 +201,16 @@ def finish(
     }
     write_json(workdir / "results.json", results)
     barrier("results")
+
+
+def by_protocol(rows: list[dict], task: data.Task) -> dict[str, float]:
+    """The test's first metric at the last validation, and at the best by held-out examples, from a log that has all of them."""
+    found = {row["step"]: row for row in rows if f"test_{task.metrics[0]}" in row}
+    held = {row["step"]: row[f"validation_{task.metrics[0]}"] for row in rows if f"validation_{task.metrics[0]}" in row}
+    steps = {"last": max(found)}
+    if held:
+        steps["heldout"] = max(sorted(held), key=lambda step: task.better * held[step])
+    return {protocol: found[step][f"test_{task.metrics[0]}"] for protocol, step in steps.items()}
 
 
 def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict], logits: np.ndarray) -> None:
@@ -213,7 +230,7 @@ def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict],
 def main(_):
     quiet()
     processes.join(flags.FLAGS.join_timeout)
-    train(flags.FLAGS.config, local(flags.FLAGS.workdir))
+    train(from_flags(), local(flags.FLAGS.workdir))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from gpart_jax import requirements
 requirements.warn_of_old_jax(jax.__version__)
 
 from gpart_jax.adapter import Adapter, load_adapter, save_adapter  # noqa: E402
+from gpart_jax.isometry import base_norm, learning_rate  # noqa: E402
 from gpart_jax.methods import Method, bitfit, chain, fastfood, full, gpart, head, lora, uni_lora, vera  # noqa: E402
 from gpart_jax.partition import Partition, make_partition  # noqa: E402
 from gpart_jax.targets import Layout, Leaf, canonical_layout  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "Method",
     "Partition",
     "__version__",
+    "base_norm",
     "bitfit",
     "canonical_layout",
     "chain",
@@ -34,6 +36,7 @@ __all__ = [
     "gpart",
     "gpart_transform",
     "head",
+    "learning_rate",
     "load_adapter",
     "lora",
     "make_partition",

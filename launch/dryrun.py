@@ -19,7 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.abstract import NEW_TOKENS, PARTS, Step, describe, device_bytes, model_flops
-from experiments.config import parse_mesh
+from experiments.config import from_flags, parse_mesh
 from experiments.flops import matmul_flops
 from experiments.logger import quiet
 from experiments.tasks.math import TRAINING_DATA
@@ -89,7 +89,7 @@ def length_of_step(step: Step, compiled, bundles, chip: str, flops: float) -> st
 
 def main(_):
     quiet()
-    config, chip, count = flags.FLAGS.config, flags.FLAGS.chip, flags.FLAGS.devices
+    config, chip, count = from_flags(), flags.FLAGS.chip, flags.FLAGS.devices
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # libtpu is not to look for TPUs
     jax.config.update("jax_platforms", "cpu")
     on_tpu = chip in TOPOLOGIES and importlib.util.find_spec("libtpu") is not None

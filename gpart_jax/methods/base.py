@@ -30,6 +30,7 @@ class Method(NamedTuple):
       `bind` it is one of the compiled program too; else it is made anew, and its arrays are constants there. Methods that
       differ in their seed alone have tables of one structure, and any one's `bind` takes any other's tables.
     linear: whether what is trained enters the weights linearly, so that a mean of trainables gives the mean of the models.
+    isometric: whether distances of what is trained are distances of the weights, as P^T P = I has it (`isometry.py`).
     name, options: what made it, with every option written out: what an adapter says of it. "chain" of methods that no adapter
       can hold together.
     head_targets: the leaves of a head that is trained beside it, or with it: no part of the base model.
@@ -39,6 +40,7 @@ class Method(NamedTuple):
     bind: Callable[..., Callable]
     tables: Callable[[PyTree], PyTree] = _none
     linear: bool = False
+    isometric: bool = False
     name: str = "chain"
     options: dict = {}
     head_targets: Targets = None

@@ -59,7 +59,7 @@ def fastfood(d: int, seed: int = 0, *, targets: Targets = None, stacked: str | N
 
         return adding(deltas)
 
-    return Method(init, bind, make_tables, linear=True)
+    return Method(init, bind, make_tables, linear=True, isometric=True)
 
 
 def _expand(leaf: Leaf, layer, key, theta):

@@ -65,4 +65,4 @@ def gpart(
         split = {leaf.path: tensor_axis(leaves[leaf.path]) for leaf in partition.layout.leaves} if on_mesh else None
         return transform.bind(partition, trainable["theta"], dropout, key if dropout or apply == "dither" else None, split, apply=apply)
 
-    return Method(init, bind, make_tables, linear=True)
+    return Method(init, bind, make_tables, linear=True, isometric=isometric)

@@ -3,7 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.optimizer import make_optimizer
+from configs import quickstart
+from experiments.config import settle_rate
+from experiments.optimizer import make_optimizer, options_of
+from gpart_jax.methods import from_spec
 
 
 def updates(trainable, gradient, steps, **options):
@@ -73,3 +76,76 @@ def test_a_long_gradient_is_cut_to_the_clip():
         other, second = plain.update(short, states[1], TRAINABLE)
         states = first, second
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, other)
+
+
+PARAMS = {"layer_0": {"attention": {"query": {"kernel": jnp.full((30, 40), 0.1)}}}}
+
+
+def options(method, given, **changes):
+    """`options_of` the quickstart, of which the command line sets `given`."""
+    config = quickstart.get_config(method)
+    config.method.update(changes)
+    for key, value in given.items():
+        config.optimizer[key] = value
+    settle_rate(config, [f"optimizer.{key}" for key in given])
+    return options_of(config, from_spec(config.method.to_dict()), PARAMS)
+
+
+def test_a_step_is_a_rate_for_each_d():
+    for d in (16, 256):
+        assert options("gpart", {"step": 2.56}, d=d)["lr"] == pytest.approx(2.56 / d**0.5)
+    assert options("fastfood", {"step": 2.0}, d=100)["lr"] == pytest.approx(0.2)
+    assert options("gpart", {"lr": 0.3})["lr"] == 0.3
+    assert options("lora", {})["lr"] == quickstart.LR["lora"]
+    for given, other in (("step", "lr"), ("lr", "step")):  # what is set by hand takes the place of the recipe's
+        config = quickstart.get_config()
+        config.optimizer.update({other: 1.0, given: 2.0})
+        settle_rate(config, [f"optimizer.{given}"])
+        assert config.optimizer[given] == 2.0 and config.optimizer[other] is None
+
+
+@pytest.mark.parametrize(
+    "method, given, changes, message",
+    [
+        ("gpart", {"lr": 1e-3, "step": 1.0}, {}, "Set one of config.optimizer.lr, .* Both are set"),
+        ("gpart", {"lr": None, "step": None}, {}, "Neither is set"),
+        ("lora", {"step": 1.0}, {}, "lora, whose map stretches lengths, has no one rate for it"),
+        ("gpart", {"step": 1.0}, {"isometric": False}, "gpart, with isometric=False, has no one rate"),
+        ("gpart", {"name": "prodigy", "lr": 1.0}, {}, "prodigy finds its own rate: leave out config.optimizer.lr"),
+        ("gpart", {"name": "adam"}, {}, None),
+    ],
+)  # fmt: skip
+def test_rates_that_say_too_much_or_too_little(method, given, changes, message):
+    if message:
+        with pytest.raises(ValueError, match=message):
+            options(method, given, **changes)
+    else:
+        with pytest.raises(ValueError, match="Unknown optimizer 'adam'. Choose one of adamw, prodigy, dog"):
+            make_optimizer(10, **options(method, given))
+
+
+def test_a_rate_free_optimizer_starts_from_a_share_of_the_base():
+    norm = 0.1 * 1200**0.5
+    assert options("gpart", {"name": "prodigy"}, d=25)["start"] == pytest.approx(0.01 * norm / 5, rel=1e-5)
+    assert options("gpart", {"name": "dog", "start": 0.1}, d=25)["start"] == pytest.approx(0.1 * norm, rel=1e-5)
+    assert "start" not in options("lora", {"name": "prodigy"})
+
+
+@pytest.mark.parametrize("name", ["prodigy", "dog"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
+def test_a_rate_free_optimizer_finds_a_rate(name, warmup):
+    """From theta = 0 to a least-squares solution at a distance of 8; the head is trained by AdamW beside it."""
+    target = jnp.full(64, 1.0)
+    optimizer = make_optimizer(400, lr=1.0, head_lr=1e-2, name=name, start=0.01, warmup=warmup)
+    trainable = {"theta": jnp.zeros(64), "head": {"kernel": jnp.ones((2, 2))}}
+    loss = lambda t: jnp.sum((t["theta"] - target) ** 2) + jnp.sum(t["head"]["kernel"] ** 2)  # noqa: E731
+
+    @jax.jit
+    def step(trainable, state):
+        updates, state = optimizer.update(jax.grad(loss)(trainable), state, trainable)
+        return jax.tree.map(jnp.add, trainable, updates), state
+
+    state = optimizer.init(trainable)
+    for _ in range(400):
+        trainable, state = step(trainable, state)
+    assert jnp.linalg.norm(trainable["theta"] - target) < 0.8 and jnp.abs(trainable["head"]["kernel"]).max() < 0.2

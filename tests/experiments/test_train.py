@@ -267,6 +267,23 @@ def test_it_stops_early_and_has_what_validated_best(config, tmp_path):
     assert train(config, tmp_path / "again", jax.devices()[:1])["test"] == results["test"]
 
 
+def test_one_training_has_the_test_by_each_protocol(config, tmp_path):
+    config.optimizer.update(lr=None, step=0.5)
+    config.train.update(select="scored", writers=())
+    results = train(config, tmp_path)
+    rows = logged(tmp_path)
+    tested = {row["step"]: row["test_accuracy"] for row in rows if "test_accuracy" in row}
+    held = {row["step"]: row["validation_accuracy"] for row in rows if "validation_accuracy" in row}
+    assert list(tested) == list(held) == [STEPS // 2, STEPS]
+    found = results["test_by_protocol"]
+    assert found == {"scored": max(tested.values()), "last": tested[STEPS], "heldout": tested[max(held, key=held.get)]}
+    assert results["test"] == found["scored"] and results["select"] == "scored" and results["validation"] is None
+    assert results["learning_rate"] == 0.5 / 16 and 0 < results["base_norm"] < 100
+    assert max(row["learning_rate"] for row in rows if "learning_rate" in row) <= 0.5 / 16
+    steps = [row["step_length"] for row in rows if "step_length" in row]
+    assert 0.1 < max(steps) < 0.6  # about the length that was asked for, at most
+
+
 @pytest.mark.parametrize("at", [160, 320])
 def test_told_to_stop_while_it_validates_it_saves_that_step_and_goes_on_there(config, tmp_path, undisturbed, at):
     """At the end of the first epoch, and in the test."""
