@@ -107,7 +107,7 @@ class Together:
     parts = 1
 
     def __init__(self, members: list[loop.Member], methods: list[Method], schedule: loop.Schedule, mesh):
-        config, (model, params, task, *_) = members[0].config, members[0].experiment
+        (model, params, task, *_) = members[0].experiment
         self._mesh, self._along, everywhere = mesh, NamedSharding(mesh, MEMBERS), NamedSharding(mesh, P())
         self._members, self._pad = members, getattr(model.config, "pad_token_id", None)
         self._frozen = sharding.place(params, everywhere)
