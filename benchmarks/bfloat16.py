@@ -55,7 +55,7 @@ def main(_):
     last = {way: np.array([of[-1][-1] for of in rows[way]]) for way in WAYS}
     for way in WAYS[1:]:
         behind.add(way, spread(last[way] - last["float32"], "+.4f"))
-    save(table, behind, curves=rows)
+    save(table, behind=behind.rows, curves=rows)
     if options.picture:
         draw({way: np.mean(of, 0) for way, of in rows.items()}, options.picture)
 

@@ -1,0 +1,168 @@
+"""One step's length for every d? The hypothesis tested: rates searched for each d and each baseline, then five seeds, on three tasks.
+
+  python -m experiments.ablation --tasks=vader,sst2,fashion --budget=full --workdir=runs/ablation
+  python -m experiments.report --workdir=runs/ablation/vader --out=docs/results/vader       its tables and plots
+
+A search trains one seed with each value, and takes the best on held-out data; the test set chooses nothing. The length that is best on the
+mean of all d is trained with all seeds too, beside each d's own. Stop it at any time and run it again: finished runs are kept.
+
+Budgets, on two cores with nothing else running: see docs/ablation.md for the hours that they took.
+"""
+
+import json
+import pathlib
+import statistics
+from typing import NamedTuple
+
+import ml_collections
+from absl import app, flags
+
+from configs import glue, quickstart, vision
+from experiments import report
+from experiments.logger import quiet
+from experiments.sweep import make_runs
+from experiments.train import train
+from experiments.workdir import local, write_json
+from experiments.workers import Planned, run_all
+
+BASELINES = ("lora", "uni_lora", "vera", "fastfood", "bitfit", "full", "head")
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of a baseline's rate in its config
+
+
+class Budget(NamedTuple):
+    sizes: tuple[int, ...]  # d
+    steps: tuple[float, ...]  # lengths, a factor 2 apart
+    seeds: int
+
+
+BUDGETS = {
+    "full": Budget((16, 64, 256, 1024, 4096, 16_384, 65_536), (0.64, 1.28, 2.56, 5.12, 10.24), 5),
+    "small": Budget((64, 1024, 16_384), (1.28, 2.56, 5.12), 2),
+}
+
+
+def vader(method: str) -> ml_collections.ConfigDict:
+    return quickstart.get_config(method)
+
+
+def sst2(method: str) -> ml_collections.ConfigDict:
+    config = glue.get_config(f"sst2,minilm,{method}")
+    config.task.train_examples = 1024
+    return config
+
+
+def fashion(method: str) -> ml_collections.ConfigDict:
+    config = vision.get_config(f"fashion_mnist,{method}")
+    config.task.train_examples = 4096
+    return config
+
+
+TASKS = {"vader": vader, "sst2": sst2, "fashion": fashion}
+
+
+class Line(NamedTuple):
+    """A method at a size, and the key whose values are searched."""
+
+    config: ml_collections.ConfigDict
+    key: str
+    values: tuple[float, ...]
+    name: str
+
+
+def lines_of(task: str, budget: Budget) -> list[Line]:
+    """GPart at each d by the length of a step, and each baseline by its rate; the head alone by the head's."""
+    lines = []
+    for d in budget.sizes:
+        config = TASKS[task]("gpart")
+        config.method.d = d
+        lines.append(Line(config, "optimizer.step", budget.steps, f"gpart, d = {d:,}"))
+    for method in BASELINES:
+        config = TASKS[task](method)
+        key = "optimizer.head_lr" if method == "head" else "optimizer.lr"
+        rate = config.optimizer[key.rpartition(".")[2]]
+        lines.append(Line(config, key, tuple(rate * factor for factor in FACTORS), method))
+    return lines
+
+
+def runs_of(line: Line, values: tuple[float, ...], seeds: int, workdir: pathlib.Path) -> list[Planned]:
+    return make_runs(line.config, [f"{line.key}={list(values)}"], list(range(seeds)), workdir)
+
+
+def results(run: Planned) -> dict:
+    return json.loads((run.directory / "results.json").read_text())
+
+
+def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
+    """Trains what isn't trained yet; what was found, as written to `workdir/found.json`."""
+    lines = lines_of(task, budget)
+
+    def finish(runs: list[Planned], population: int) -> None:
+        if failures := run_all(runs, jobs, workdir, population):
+            directory, error = next(iter(failures.items()))
+            raise RuntimeError(f"{len(failures)} runs failed, the first in {directory}: {error}. Run the same command again.")
+
+    searches = [runs_of(line, line.values, 1, workdir) for line in lines]
+    finish(sum(searches, []), max(len(line.values) for line in lines))
+    grid = [[results(run)["validation"] for run in runs] for runs in searches]
+    best = [line.values[scores.index(max(scores))] for line, scores in zip(lines, grid)]
+    steps = [scores for line, scores in zip(lines, grid) if line.key == "optimizer.step"]
+    means = [statistics.mean(column) for column in zip(*steps)]
+    common = budget.steps[means.index(max(means))]
+
+    chosen = [runs_of(line, (value,), budget.seeds, workdir) for line, value in zip(lines, best)]
+    alike = [runs_of(line, (common,), budget.seeds, workdir) for line in lines if line.key == "optimizer.step"]
+    finish(list({run.directory: run for runs in chosen + alike for run in runs}.values()), budget.seeds)
+    found = {"task": task, "common_step": common, "lines": []}
+    for number, (line, value, runs) in enumerate(zip(lines, best, chosen)):
+        entry = {
+            "name": line.name, "key": line.key, "held_out": dict(zip(map(str, line.values), grid[number])), "chosen": value,
+            "trained_numbers": results(runs[0])["trained_numbers"], "test": [results(run)["test"] for run in runs],
+        }  # fmt: skip
+        if line.key == "optimizer.step":
+            entry["test_at_common_step"] = [results(run)["test"] for run in alike[number]]
+        found["lines"].append(entry)
+    write_json(workdir / "found.json", found)
+    return found
+
+
+def markdown(found: dict) -> str:
+    """The table of what a search found, in per cent; and whether the common length is within a standard deviation of each d's own."""
+    header = "method", "trained numbers", "held out, by value searched", "chosen", "test, all seeds", "test at the common step"
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    within = []
+    for line in found["lines"]:
+        searched = ", ".join(f"{float(value):g}: {100 * score:.1f}" for value, score in line["held_out"].items())
+        row = [line["name"], f"{line['trained_numbers']:,}", searched, f"{line['chosen']:g}", _spread(line["test"])]
+        alike = line.get("test_at_common_step")
+        if alike:
+            within.append(statistics.mean(line["test"]) - statistics.mean(alike) <= statistics.stdev(line["test"]))
+        rows.append([*row, _spread(alike) if alike else ""])
+    verdict = f"{sum(within)} of {len(within)} d within one standard deviation of their own best"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\nThe common step is {found['common_step']:g}: {verdict}.\n"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def main(_):
+    quiet()
+    options, workdir = flags.FLAGS, local(flags.FLAGS.workdir)
+    for task in options.tasks:
+        if task not in TASKS:
+            raise app.UsageError(f"--tasks: {task!r} is none of {', '.join(TASKS)}.")
+    for task in options.tasks:
+        if task == "fashion":  # a model of our own, made on the first five classes
+            train(vision.get_config("fashion_mnist,pretrain"), pathlib.Path("runs/fashion_mnist/base"))
+        found = ablate(task, BUDGETS[options.budget], workdir / task, options.jobs)
+        print(f"\n{task}\n\n{markdown(found)}", flush=True)
+        report.write(report.find_runs(workdir / task), workdir / task / "report")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("tasks", list(TASKS), "Some of vader, sst2 and fashion.")
+    flags.DEFINE_enum("budget", "full", list(BUDGETS), "full: 7 d, 5 values, 5 seeds. small: 3 d, 3 values, 2 seeds.")
+    flags.DEFINE_string("workdir", None, "Folder for the runs, those of each task in one of its own.", required=True)
+    flags.DEFINE_integer("jobs", 1, "Runs at once.", lower_bound=1)
+    app.run(main)
