@@ -19,7 +19,7 @@ from gpart_jax import uint64
 from gpart_jax.lowerings.base import LANES, Call, Cut, Where, chunks_of, is_doubled, row_length
 from gpart_jax.targets import Array, Leaf
 
-LEAD = 8  # flat rows before the tables, and before a block: a slice that begins within a row is read from the row's begin
+LEAD = 64  # flat rows before the tables, and before a block: a slice that begins within a row is read from the row's begin
 LONGEST = 2**20  # d whose tables, 34 MB, fit into VMEM beside the blocks
 SHORTEST = 64  # d for which a kernel is worth while: a piece costs 14 cycles or more, however short it is
 _FEWEST = 1024  # elements, likewise
@@ -68,15 +68,26 @@ class Plan(NamedTuple):
     per_row: int  # flat rows of a matrix row
     runs: int  # of a block
     length: int  # elements of a run
-    step: int  # flat rows of a piece
+    step: int  # rows of a piece, flat ones or the matrix's
+    stride: int  # indices from one of them to the next: LANES of flat rows, else the pitch
     cell: int  # elements: a run begins a piece at every multiple of it
     begins: int  # chunks that begin within a block, at most
     wraps: bool  # whether a chunk may reach over a table's end, and so be two slices
 
     @property
+    def tiles(self) -> int:
+        """Columns of tiles that a piece goes over: those of a block that is laid one below the other, 1 of flat rows."""
+        return self.per_row if self.stride > LANES else 1
+
+    @property
+    def height(self) -> int:
+        """Flat rows from one of these columns to the next."""
+        return self.block + self.step
+
+    @property
     def unroll(self) -> int:
         """Pieces in one turn of a loop."""
-        return max(1, STEP // self.step)
+        return max(1, STEP // (self.step * self.tiles))
 
     @property
     def cells(self) -> int:
@@ -90,7 +101,7 @@ class Plan(NamedTuple):
 
     @property
     def flat_rows(self) -> int:
-        return self.block * self.per_row
+        return self.per_row * (self.height if self.stride > LANES else self.block)
 
 
 def round_up(n: int, of: int) -> int:
@@ -146,7 +157,11 @@ def plan_of(form: Form, d: int, turned: int) -> Plan:
     cell = (step - turned) * LANES if longest > step else length
     begins = -(-((min(block, form.rows) - 1) * form.pitch + form.columns - 1) // d)
     runs, wraps = 1 if joined else block, not is_doubled("balanced-v1", d)
-    return Plan(block, at_once, per_row, runs, length, step, cell, begins, wraps)
+    tall = min(STEP // per_row, d // form.pitch, 0xFFFF // form.pitch) // 8 * 8
+    if tall and form.pitch % LANES == 0 and per_row * LANES < form.pitch:
+        # Rows of one chunk lie in a table at equal distances, a whole number of flat rows.
+        return Plan(block, at_once, per_row, 1, block * form.pitch, tall, form.pitch, tall * form.pitch, begins, wraps)
+    return Plan(block, at_once, per_row, runs, length, step, LANES, cell, begins, wraps)
 
 
 def begins_of(call: Call, where: Where) -> Begins:
@@ -221,12 +236,13 @@ def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices: Begins)
     if plan.wraps:
         at = jnp.where(at >= d, at - d, at)
         size = jnp.minimum(size, d - at)
-    length = rows * form.columns if plan.runs == 1 else jnp.where(run < rows, form.columns, 0)
+    length = rows * form.pitch if plan.runs == 1 else jnp.where(run < rows, form.columns, 0)
     size = jnp.minimum(size, jnp.minimum(plan.cell - place % plan.cell, length - place))
     size = jnp.where(own, jnp.maximum(size, 0), 0)
-    place = jnp.where(is_cell | (size > 0), run * (plan.per_row * LANES) + place, plan.flat_rows * LANES)  # else behind the block
-    lane = place % LANES
-    words = [place // LANES, table * row_length(call.scheme, d) + at - lane, lane | (lane + size) << 16]
+    behind_all = plan.block * plan.stride if plan.tiles > 1 else plan.flat_rows * LANES
+    place = jnp.where(is_cell | (size > 0), run * (plan.per_row * LANES) + place, behind_all)  # else behind the block
+    lane = place % plan.stride
+    words = [place // plan.stride, table * row_length(call.scheme, d) + at - lane, lane | (lane + size) << 16]
     if where.drop is not None:
         high, low = uint64.add(uint64.multiply(chunk, d), (r * np.uint32(0), r))
         words.append(_chosen(number, [high, low, where.drop[0], where.drop[1]]).astype(jnp.int32))

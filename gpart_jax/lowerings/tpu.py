@@ -83,7 +83,7 @@ def _adapt_kernel(call, groups, table_ref, *refs):
     for group, own, from_, to, scratch in zip(groups, words, arrays, results, buffers):
 
         def work(words, block, result, group=group):
-            lay = functools.partial(_lay, words, table, flat, group.plan.step)
+            lay = functools.partial(_lay, words, table, flat, group.plan)
             group.each_piece(0, group.plan.cells, functools.partial(lay, whole=True))
             group.each_piece(group.plan.cells, group.plan.pieces, functools.partial(lay, whole=False))
 
@@ -114,7 +114,7 @@ def _contract_kernel(call, groups, *refs):
                 flat[places] = group.drop(call, bits, block[tile].astype(jnp.float32))
 
             group.each_tile(lay)
-            group.each_piece(0, group.plan.pieces, functools.partial(_add, words, total, flat, group.plan.step))
+            group.each_piece(0, group.plan.pieces, functools.partial(_add, words, total, flat, group))
 
         _stream(group, word_ref, own, [], scratch, work)
     _copy(total.at[pl.ds(LEAD, result.shape[0])], result, sems.at[0])
@@ -129,29 +129,45 @@ def _split(refs, arrays, results, buffers):
     return words[0], arrays, results, shared, buffers
 
 
-def _lay(words, table, flat, step, n, whole):
-    """Lays piece n flat. `whole`: with what follows it in the table, which other pieces overwrite."""
+def _lay(words, table, flat, plan, n, whole):
+    """Lays piece n. `whole`: with what follows it in the table, which other pieces overwrite."""
     row, first, shift, low, high = _read(words, n)
-    lanes = jax.lax.broadcasted_iota(jnp.int32, (step, LANES), 1)
-    one, after = table[pl.ds(first, step), :], table[pl.ds(first + 1, step), :]
-    turned = pltpu.roll(jnp.where(lanes >= shift, one, after), (LANES - shift) & 127, 1)
-    to = pl.ds(row, step), slice(None)
-    if not whole:
-        place = jax.lax.broadcasted_iota(jnp.int32, (step, LANES), 0) * LANES + lanes
-        turned = jnp.where((place >= low) & (place < high), turned, flat[to])
-    flat[to] = turned
+    lanes = jax.lax.broadcasted_iota(jnp.int32, (plan.step, LANES), 1)
+    loaded = [table[pl.ds(first + k, plan.step, stride=plan.stride // LANES), :] for k in range(plan.tiles + 1)]
+    for k, (one, after) in enumerate(zip(loaded, loaded[1:])):
+        turned = pltpu.roll(jnp.where(lanes >= shift, one, after), (LANES - shift) & 127, 1)
+        to = pl.ds(row + k * plan.height, plan.step), slice(None)
+        if not whole:
+            place = jax.lax.broadcasted_iota(jnp.int32, (plan.step, LANES), 0) * plan.stride + k * LANES + lanes
+            turned = jnp.where((place >= low) & (place < high), turned, flat[to])
+        flat[to] = turned
 
 
-def _add(words, total, flat, step, n):
+def _add(words, total, flat, group, n):
     """Adds piece n, which lies flat, to where it comes from in the tables."""
+    plan = group.plan
     row, first, shift, low, high = _read(words, n)
-    lanes = jax.lax.broadcasted_iota(jnp.int32, (step, LANES), 1)
+    lanes = jax.lax.broadcasted_iota(jnp.int32, (plan.step, LANES), 1)
     in_row = lanes < LANES - shift
-    place = jax.lax.broadcasted_iota(jnp.int32, (step, LANES), 0) * LANES + lanes - jnp.where(in_row, 0, LANES)
-    one, before = flat[pl.ds(row, step), :], flat[pl.ds(row - 1, step), :]
-    own = jnp.where((place >= low) & (place < high), jnp.where(in_row, one, before), 0)
-    to = pl.ds(first, step), slice(None)
-    total[to] = total[to] + pltpu.roll(own, shift, 1)
+    from_begin = jax.lax.broadcasted_iota(jnp.int32, (plan.step, LANES), 0) * plan.stride
+    if plan.stride == LANES:
+        columns, loaded = [lanes - jnp.where(in_row, 0, LANES)], [flat[pl.ds(row - 1, plan.step), :], flat[pl.ds(row, plan.step), :]]
+    else:
+        loaded = [flat[pl.ds(row + k * plan.height, plan.step), :] for k in range(plan.tiles)]
+        loaded = [loaded[0], *loaded, loaded[-1]]
+        columns = [k * LANES + lanes - jnp.where(in_row, 0, LANES) for k in range(plan.tiles + 1)]
+    turned, places = [], []
+    for k, (column, before, one) in enumerate(zip(columns, loaded, loaded[1:])):
+        place = from_begin + column
+        meant = (place >= low) & (place < high)
+        if plan.stride > LANES and k == 0:
+            meant &= column >= 0
+        if plan.stride > LANES and (k + 1) * LANES > group.form.columns:
+            meant &= column < group.form.columns
+        turned.append(pltpu.roll(jnp.where(meant, jnp.where(in_row, one, before), 0), shift, 1))
+        places.append((pl.ds(first + k, plan.step, stride=plan.stride // LANES), slice(None)))
+    for to, x in zip(places, [total[to] + x for to, x in zip(places, turned)]):
+        total[to] = x
 
 
 def _read(words, n):
@@ -196,7 +212,10 @@ class _Group(NamedTuple):
             top = pl.multiple_of(turn * rows, 8)
             for k in range(per_row):
                 left, right = k * LANES, min((k + 1) * LANES, self.form.columns)
-                places = pl.ds(LEAD + top * per_row + k, rows, stride=per_row), slice(0, right - left)
+                if self.plan.stride > LANES:
+                    places = pl.ds(pl.multiple_of(LEAD + k * self.plan.height + top, 8), rows), slice(0, right - left)
+                else:
+                    places = pl.ds(LEAD + top * per_row + k, rows, stride=per_row), slice(0, right - left)
                 work((pl.ds(top, rows), slice(left, right)), places)
             return 0
 
@@ -296,7 +315,8 @@ def _like(x, shape=None, dtype=None):
 
 
 def _run(kernel, call, groups, tables, words, arrays, shapes, buffers, interpret) -> list[jax.Array]:
-    rows = round_up(math.prod(table_shape(call)[:2]) + 2 * LEAD + STEP, 64)
+    span = max(group.plan.step * group.plan.stride // LANES for group in groups)
+    rows = round_up(math.prod(table_shape(call)[:2]) + 2 * LEAD + span, 64)
     flat = max(group.plan.flat_rows + group.plan.step for group in groups) + 2 * LEAD
     scratch = [pltpu.VMEM((rows, LANES), jnp.float32), pltpu.VMEM((flat, LANES), jnp.float32), pltpu.SemaphoreType.DMA((1,))]
     size = 4 * LANES * (rows + flat)
