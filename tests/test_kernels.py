@@ -82,7 +82,7 @@ FILLER = 70_000  # elements before the leaves, so that there are as many as grou
 @contextlib.contextmanager
 def short_loops():
     """Pieces of 16 flat rows at most, and little unrolled: half the time to compile. The tests further down leave both alone."""
-    with mock.patch.multiple(pieces, STEP=16, _UNROLLED=8), mock.patch.object(tpu, "STEP", 16):
+    with mock.patch.multiple(pieces, STEP=16, _AT_ONCE=16, _UNROLLED=8), mock.patch.object(tpu, "STEP", 16):
         yield
 
 

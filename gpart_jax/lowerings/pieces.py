@@ -29,6 +29,7 @@ _MOST = 2**13  # chunks that begin within a block: what is to be known of each l
 _BLOCK = 192 * 1024  # elements of a block, about: to work on them takes longer than to fetch the next begins to
 _UNROLLED = 48  # vectors of 8 x 128 that one turn of a loop over matrix rows works on
 STEP = 64  # flat rows of a piece, at most
+_AT_ONCE = 128  # flat rows of the pieces in one turn of a loop: a turn of the lanes has some fifty cycles of latency
 
 
 Begins = tuple[tuple[Array, Array], Array]  # the chunk (high, low) and the place in it, uint32 (n,)
@@ -87,7 +88,7 @@ class Plan(NamedTuple):
     @property
     def unroll(self) -> int:
         """Pieces in one turn of a loop."""
-        return max(1, STEP // (self.step * self.tiles))
+        return max(1, _AT_ONCE // (self.step * self.tiles))
 
     @property
     def cells(self) -> int:
@@ -98,6 +99,11 @@ class Plan(NamedTuple):
     def pieces(self) -> int:
         """All of a block's, likewise."""
         return self.cells + round_up(self.begins + (self.begins + 1) * self.wraps, self.unroll)
+
+    @property
+    def words(self) -> int:
+        """Of each kind in a block's list."""
+        return round_up(self.pieces, LANES)
 
     @property
     def flat_rows(self) -> int:
@@ -158,7 +164,7 @@ def plan_of(form: Form, d: int, turned: int) -> Plan:
     begins = -(-((min(block, form.rows) - 1) * form.pitch + form.columns - 1) // d)
     runs, wraps = 1 if joined else block, not is_doubled("balanced-v1", d)
     tall = min(STEP // per_row, d // form.pitch, 0xFFFF // form.pitch) // 8 * 8
-    if tall and form.pitch % LANES == 0 and per_row * LANES < form.pitch:
+    if tall and form.pitch % LANES == 0 and per_row * LANES < form.pitch and form.pitch % (32 * LANES):
         # Rows of one chunk lie in a table at equal distances, a whole number of flat rows.
         return Plan(block, at_once, per_row, 1, block * form.pitch, tall, form.pitch, tall * form.pitch, begins, wraps)
     return Plan(block, at_once, per_row, runs, length, step, LANES, cell, begins, wraps)
@@ -197,14 +203,14 @@ def _carried(d, chunk, r):
 
 
 def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices: Begins) -> jax.Array:
-    """What the kernels read of each block's pieces, int32 (blocks, 3 or 4, pieces, up to a multiple of 128).
+    """What the kernels read of each block's pieces, int32 (blocks, 3 or 4, plan.words).
 
     Of each piece: the flat row of the block that it begins in; where in the tables that row begins, which may be before the
     slice; and its first element and the one behind its last, in 16 bits each, counted from that row. With dropout a fourth:
     the index (high, low) of the block's first element, and the key. XLA makes all of it in a few operations, for each costs a
     TPU more than the arithmetic.
     """
-    d, count = call.d, round_up(plan.pieces, LANES)
+    d = call.d
     blocks, pitch = -(-form.rows // plan.block), np.uint32(form.pitch)
     first_row = np.arange(blocks, dtype=np.uint32) * np.uint32(plan.block)
     chunk, r = jax.tree.map(lambda x: x[:, None], matrices)
@@ -213,7 +219,7 @@ def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices: Begins)
     rows = np.tile(np.minimum(plan.block, form.rows - first_row.astype(np.int32)), r.shape[0] // blocks)[:, None]
 
     # Three kinds of pieces: a cell's, one that begins with a chunk, and one that begins with a table, in the midst of a chunk.
-    number = np.arange(count)
+    number = np.arange(plan.words)
     per_run = -(-plan.length // plan.cell)
     is_cell, is_begin = number < plan.runs * per_run, (number >= plan.cells) & (number < plan.cells + plan.begins)
     is_wrap = (number >= plan.cells + plan.begins) & (number <= plan.cells + 2 * plan.begins) & plan.wraps

@@ -73,7 +73,8 @@ def contract(call: Call, where: Where, cotangents: Sequence[jax.Array], interpre
 
 def _words(call, groups, where, begins):
     of_groups = [matrices_of(call, group.form, group.numbers, begins) for group in groups]
-    return [words_of(call, group.form, group.plan, where, of) for group, of in zip(groups, of_groups)]
+    # In one row, for of one dimension the kernel then knows the address of a word at little arithmetic, the scalar unit's bottleneck.
+    return [words_of(call, group.form, group.plan, where, of).reshape(1, -1) for group, of in zip(groups, of_groups)]
 
 
 def _adapt_kernel(call, groups, table_ref, *refs):
@@ -172,7 +173,7 @@ def _add(words, total, flat, group, n):
 
 def _read(words, n):
     """Of piece n: its first flat row; the row of the tables where that begins, and its lane; which of its elements are meant."""
-    row, source, bounds = words[0, n], words[1, n], words[2, n]
+    row, source, bounds = (words(kind, *n) for kind in range(3))
     first = LEAD + jax.lax.shift_right_arithmetic(source, 7)
     return LEAD + row, first, source & 127, bounds & 0xFFFF, jax.lax.shift_right_logical(bounds, 16)
 
@@ -199,7 +200,7 @@ class _Group(NamedTuple):
 
         def some(turn, _):
             for n in range(unroll):
-                work(first + turn * unroll + n)
+                work((first + turn * unroll, n))  # apart, so that the kinds and pieces of a turn share the first's address
             return 0
 
         jax.lax.fori_loop(0, (last - first) // unroll, some, 0)
@@ -229,12 +230,12 @@ class _Group(NamedTuple):
         return jnp.where(dropout.kept(bits, call.rate), x * dropout.scale(call.rate), 0) if call.rate else x
 
     def bits(self, call, words, tile, wanted):
-        """Of a tile's elements. The last row of `words` holds the index of the block's first element, and the key."""
+        """Of a tile's elements. The last kind of `words` holds the index of the block's first element, and the key."""
         if not wanted:
             return None
         rows, columns = tile
         shape = rows.size, columns.stop - columns.start
-        first_high, first_low, *key = (words[words.shape[0] - 1, n].astype(jnp.uint32) for n in range(4))
+        first_high, first_low, *key = (words(3, n).astype(jnp.uint32) for n in range(4))
         row = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) + rows.start.astype(jnp.uint32)
         column = jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + np.uint32(columns.start)
         low = first_low + row * np.uint32(self.form.pitch) + column
@@ -248,6 +249,7 @@ def _stream(group: _Group, word_ref, arrays, results, scratch, work):
     """work(words, block) or work(words, block, result) for one block after another, the next one being fetched meanwhile."""
     plan = group.plan
     words, sems, *buffers = scratch
+    size = words.shape[0] // 2
     edge = -(-group.form.rows // 8) * 8 - (group.blocks - 1) * plan.block  # rows of a matrix's last block
 
     def move(turn, refs, buffer, sem, out=False, wait=False):
@@ -270,7 +272,8 @@ def _stream(group: _Group, word_ref, arrays, results, scratch, work):
 
     def fetch(turn, wait=False):
         move(turn, arrays, buffers[0], 0, wait=wait)
-        copy = pltpu.make_async_copy(word_ref.at[turn], words.at[turn & 1], sems.at[1, turn & 1])
+        from_, to = (pl.ds(pl.multiple_of(block * size, LANES), size) for block in (turn, turn & 1))
+        copy = pltpu.make_async_copy(word_ref.at[0, from_], words.at[to], sems.at[1, turn & 1])
         copy.wait() if wait else copy.start()
 
     def turn(n, _):
@@ -278,7 +281,8 @@ def _stream(group: _Group, word_ref, arrays, results, scratch, work):
         fetch(n, wait=True)
         if results:
             pl.when(n > 1)(lambda: move(n - 2, results, buffers[1], 2, out=True, wait=True))
-        work(words.at[n & 1], *(buffer.at[n & 1] for buffer in buffers))
+        slot = pl.multiple_of((n & 1) * size, LANES)
+        work(lambda kind, first, n=0: words[slot + first + (kind * plan.words + n)], *(buffer.at[n & 1] for buffer in buffers))
         if results:
             move(n, results, buffers[1], 2, out=True)
         return 0
@@ -322,7 +326,7 @@ def _run(kernel, call, groups, tables, words, arrays, shapes, buffers, interpret
     size = 4 * LANES * (rows + flat)
     for group, own in zip(groups, words):
         block = pltpu.VMEM((2, group.plan.block, group.form.columns), group.dtype)
-        scratch += [pltpu.SMEM((2, *own.shape[1:]), jnp.int32), pltpu.SemaphoreType.DMA((3, 2)), *[block] * buffers]
+        scratch += [pltpu.SMEM((2 * own.size // group.turns,), jnp.int32), pltpu.SemaphoreType.DMA((3, 2)), *[block] * buffers]
         size += buffers * 2 * 4 * LANES * group.plan.flat_rows
     any_space = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
