@@ -80,9 +80,9 @@ FILLER = 70_000  # elements before the leaves, so that there are as many as grou
 
 
 @contextlib.contextmanager
-def short_loops():
-    """Pieces of 16 flat rows at most, and little unrolled: half the time to compile. The tests further down leave both alone."""
-    with mock.patch.multiple(pieces, STEP=16, _AT_ONCE=16, _UNROLLED=8), mock.patch.object(tpu, "STEP", 16):
+def short_loops(step=16):
+    """Pieces of so many flat rows at most, and little unrolled: half the time to compile. The tests further down leave both alone."""
+    with mock.patch.multiple(pieces, STEP=step, _AT_ONCE=16, _UNROLLED=8):
         yield
 
 
@@ -135,6 +135,15 @@ def test_several_blocks_and_a_last_one_that_is_shorter(monkeypatch):
     for columns, d in ((128, 300), (200, 9000), (130, 66_048)):
         check([(56, columns)], d, "float32", offset=FILLER, rate=0.25)
         check([(56, columns)], d, "bfloat16", offset=FILLER + 1)
+
+
+@pytest.mark.parametrize("d, dtype, offset", [(5200, "bfloat16", 0), (66_048, "float32", FILLER + 1)])
+def test_columns_whose_rows_lie_at_equal_distances(monkeypatch, d, dtype, offset):
+    """Some rows a piece, in several blocks, the last tiles of a row and of the matrix not full."""
+    monkeypatch.setattr(pieces, "_BLOCK", 2**14)
+    with short_loops(step=32):
+        check([(100, 640)], d, dtype, offset=offset, parts=[(1, 1, 2)], rate=0.25)
+        assert pieces.plan_of(pieces.Form(1, 100, 320, 640, 0, False), d, 0).tall
 
 
 def test_the_mask_of_a_leaf_that_crosses_2_32():

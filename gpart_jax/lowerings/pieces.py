@@ -19,7 +19,7 @@ from gpart_jax import uint64
 from gpart_jax.lowerings.base import LANES, Call, Cut, Where, chunks_of, is_doubled, row_length
 from gpart_jax.targets import Array, Leaf
 
-LEAD = 64  # flat rows before the tables, and before a block: a slice that begins within a row is read from the row's begin
+LEAD = 64  # flat rows before the tables, and before a block: a slice that begins within a piece's first row is read from where that begins
 LONGEST = 2**20  # d whose tables, 34 MB, fit into VMEM beside the blocks
 SHORTEST = 64  # d for which a kernel is worth while: a piece costs 14 cycles or more, however short it is
 _FEWEST = 1024  # elements, likewise
@@ -76,9 +76,14 @@ class Plan(NamedTuple):
     wraps: bool  # whether a chunk may reach over a table's end, and so be two slices
 
     @property
+    def tall(self) -> bool:
+        """Whether pieces are rows of the matrix. The block's columns of tiles then lie one behind the other, not its rows."""
+        return self.stride > LANES
+
+    @property
     def tiles(self) -> int:
-        """Columns of tiles that a piece goes over: those of a block that is laid one below the other, 1 of flat rows."""
-        return self.per_row if self.stride > LANES else 1
+        """Columns of tiles that a piece goes over."""
+        return self.per_row if self.tall else 1
 
     @property
     def height(self) -> int:
@@ -107,7 +112,7 @@ class Plan(NamedTuple):
 
     @property
     def flat_rows(self) -> int:
-        return self.per_row * (self.height if self.stride > LANES else self.block)
+        return self.per_row * (self.height if self.tall else self.block)
 
 
 def round_up(n: int, of: int) -> int:
@@ -163,11 +168,14 @@ def plan_of(form: Form, d: int, turned: int) -> Plan:
     cell = (step - turned) * LANES if longest > step else length
     begins = -(-((min(block, form.rows) - 1) * form.pitch + form.columns - 1) // d)
     runs, wraps = 1 if joined else block, not is_doubled("balanced-v1", d)
-    tall = min(STEP // per_row, d // form.pitch, 0xFFFF // form.pitch) // 8 * 8
-    if tall and form.pitch % LANES == 0 and per_row * LANES < form.pitch and form.pitch % (32 * LANES):
-        # Rows of one chunk lie in a table at equal distances, a whole number of flat rows.
-        return Plan(block, at_once, per_row, 1, block * form.pitch, tall, form.pitch, tall * form.pitch, begins, wraps)
-    return Plan(block, at_once, per_row, runs, length, step, LANES, cell, begins, wraps)
+    plan = Plan(block, at_once, per_row, runs, length, step, LANES, cell, begins, wraps)
+
+    # Rows of one chunk lie in a table at equal distances: where these are whole flat rows, and loads with such a stride no loads
+    # of one row each (as with multiples of 32), some rows of the matrix are a piece.
+    step = min(STEP // per_row, d // form.pitch, 0xFFFF // form.pitch) // 8 * 8
+    if step and per_row * LANES < form.pitch and form.pitch % LANES == 0 and form.pitch % (32 * LANES):
+        return plan._replace(runs=1, length=block * form.pitch, step=step, stride=form.pitch, cell=step * form.pitch)
+    return plan
 
 
 def begins_of(call: Call, where: Where) -> Begins:
@@ -245,8 +253,8 @@ def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices: Begins)
     length = rows * form.pitch if plan.runs == 1 else jnp.where(run < rows, form.columns, 0)
     size = jnp.minimum(size, jnp.minimum(plan.cell - place % plan.cell, length - place))
     size = jnp.where(own, jnp.maximum(size, 0), 0)
-    behind_all = plan.block * plan.stride if plan.tiles > 1 else plan.flat_rows * LANES
-    place = jnp.where(is_cell | (size > 0), run * (plan.per_row * LANES) + place, behind_all)  # else behind the block
+    end = plan.block * plan.stride if plan.tall else plan.flat_rows * LANES
+    place = jnp.where(is_cell | (size > 0), run * (plan.per_row * LANES) + place, end)  # else behind the block
     lane = place % plan.stride
     words = [place // plan.stride, table * row_length(call.scheme, d) + at - lane, lane | (lane + size) << 16]
     if where.drop is not None:

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gpart_jax import dropout
 from gpart_jax.lowerings.base import LANES, Call, Where, table_shape
 from gpart_jax.lowerings.pieces import (
-    LEAD, LONGEST, SHORTEST, STEP, Form, Plan, begins_of, form_of, matrices_of, plan_of, round_up, words_of
+    LEAD, LONGEST, SHORTEST, Form, Plan, begins_of, form_of, matrices_of, plan_of, round_up, words_of
 )  # fmt: skip
 
 _GROUP = 64  # arrays that share a loop: to start a copy from one of them is a branch each
@@ -145,30 +145,27 @@ def _lay(words, table, flat, plan, n, whole):
 
 
 def _add(words, total, flat, group, n):
-    """Adds piece n, which lies flat, to where it comes from in the tables."""
-    plan = group.plan
+    """Adds piece n to where it comes from in the tables."""
+    plan, columns = group.plan, group.form.columns
     row, first, shift, low, high = _read(words, n)
     lanes = jax.lax.broadcasted_iota(jnp.int32, (plan.step, LANES), 1)
     in_row = lanes < LANES - shift
-    from_begin = jax.lax.broadcasted_iota(jnp.int32, (plan.step, LANES), 0) * plan.stride
-    if plan.stride == LANES:
-        columns, loaded = [lanes - jnp.where(in_row, 0, LANES)], [flat[pl.ds(row - 1, plan.step), :], flat[pl.ds(row, plan.step), :]]
+    loaded = [flat[pl.ds(row + k * plan.height, plan.step), :] for k in range(plan.tiles)]
+    if plan.tall:
+        pairs = zip([*loaded, loaded[-1]], [loaded[0], *loaded])  # of a column of tiles and the one before it, if they are there
     else:
-        loaded = [flat[pl.ds(row + k * plan.height, plan.step), :] for k in range(plan.tiles)]
-        loaded = [loaded[0], *loaded, loaded[-1]]
-        columns = [k * LANES + lanes - jnp.where(in_row, 0, LANES) for k in range(plan.tiles + 1)]
-    turned, places = [], []
-    for k, (column, before, one) in enumerate(zip(columns, loaded, loaded[1:])):
-        place = from_begin + column
+        pairs = zip(loaded, [flat[pl.ds(row - 1, plan.step), :]])
+    turned = []
+    for k, (one, before) in enumerate(pairs):
+        column = k * LANES + lanes - jnp.where(in_row, 0, LANES)
+        place = jax.lax.broadcasted_iota(jnp.int32, (plan.step, LANES), 0) * plan.stride + column
         meant = (place >= low) & (place < high)
-        if plan.stride > LANES and k == 0:
-            meant &= column >= 0
-        if plan.stride > LANES and (k + 1) * LANES > group.form.columns:
-            meant &= column < group.form.columns
+        if plan.tall and (k == 0 or (k + 1) * LANES > columns):
+            meant &= (column >= 0) & (column < columns)
         turned.append(pltpu.roll(jnp.where(meant, jnp.where(in_row, one, before), 0), shift, 1))
-        places.append((pl.ds(first + k, plan.step, stride=plan.stride // LANES), slice(None)))
-    for to, x in zip(places, [total[to] + x for to, x in zip(places, turned)]):
-        total[to] = x
+    to = [(pl.ds(first + k, plan.step, stride=plan.stride // LANES), slice(None)) for k in range(len(turned))]
+    for rows, sums in zip(to, [total[rows] + own for rows, own in zip(to, turned)]):
+        total[rows] = sums
 
 
 def _read(words, n):
@@ -213,11 +210,10 @@ class _Group(NamedTuple):
             top = pl.multiple_of(turn * rows, 8)
             for k in range(per_row):
                 left, right = k * LANES, min((k + 1) * LANES, self.form.columns)
-                if self.plan.stride > LANES:
-                    places = pl.ds(pl.multiple_of(LEAD + k * self.plan.height + top, 8), rows), slice(0, right - left)
-                else:
-                    places = pl.ds(LEAD + top * per_row + k, rows, stride=per_row), slice(0, right - left)
-                work((pl.ds(top, rows), slice(left, right)), places)
+                places = pl.ds(LEAD + top * per_row + k, rows, stride=per_row)
+                if self.plan.tall:
+                    places = pl.ds(pl.multiple_of(LEAD + k * self.plan.height + top, 8), rows)
+                work((pl.ds(top, rows), slice(left, right)), (places, slice(0, right - left)))
             return 0
 
         jax.lax.fori_loop(0, self.plan.block // rows, some, 0)
