@@ -132,6 +132,7 @@ def test_more_arrays_than_a_loop_takes(monkeypatch):
 
 def test_several_blocks_and_a_last_one_that_is_shorter(monkeypatch):
     monkeypatch.setattr(pieces, "_BLOCK", 2048)
+    monkeypatch.setattr(pieces, "_AT_ONCE", 16)
     for columns, d in ((128, 300), (200, 9000), (130, 66_048)):
         check([(56, columns)], d, "float32", offset=FILLER, rate=0.25)
         check([(56, columns)], d, "bfloat16", offset=FILLER + 1)
