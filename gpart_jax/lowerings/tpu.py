@@ -232,9 +232,9 @@ class _Group(NamedTuple):
         rows, columns = tile
         shape = rows.size, columns.stop - columns.start
         first_high, first_low, *key = (words(3, n).astype(jnp.uint32) for n in range(4))
-        row = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) + rows.start.astype(jnp.uint32)
-        column = jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + np.uint32(columns.start)
-        low = first_low + row * np.uint32(self.form.pitch) + column
+        row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(2))
+        begin = first_low + rows.start.astype(jnp.uint32) * np.uint32(self.form.pitch) + np.uint32(columns.start)
+        low = row * np.uint32(self.form.pitch) + column + begin  # what varies from tile to tile is a scalar
         high = first_high
         if any(call.cuts[number].leaf.crosses_2_32 for number in self.numbers):
             high = jnp.where(low < first_low, first_high + np.uint32(1), first_high)
