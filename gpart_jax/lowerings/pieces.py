@@ -195,14 +195,21 @@ def begins_of(call: Call, where: Where) -> Begins:
     return _carried(call.d, (high, low), r)
 
 
-def matrices_of(call: Call, form: Form, numbers: Sequence[int], begins: Begins) -> Begins:
-    """Where the matrices of the cuts with these numbers begin."""
+def blocks_of(call: Call, groups: Sequence[tuple[Form, Plan, Sequence[int]]], begins: Begins) -> list[Begins]:
+    """Where the blocks of each group of cuts begin, those of one matrix after another. A group is of one form; it names its cuts."""
     counts = [1 if call.layered else len(_layers(cut, False)[0]) for cut in call.cuts]
     ends = np.cumsum(counts)
-    chosen = np.concatenate([np.arange(ends[n] - counts[n], ends[n]) for n in numbers])
-    chunk, r = jax.tree.map(lambda x: x[chosen][:, None], begins)
-    offsets = np.arange(form.matrices // counts[numbers[0]], dtype=np.uint32) * np.uint32(form.stride)
-    return jax.tree.map(lambda x: x.reshape(-1), _carried(call.d, chunk, r + offsets))
+    layers, offsets = [], []
+    for form, plan, numbers in groups:
+        own = np.concatenate([np.arange(ends[n] - counts[n], ends[n]) for n in numbers])
+        of_matrices = np.arange(form.matrices // counts[numbers[0]])[:, None] * form.stride
+        of_blocks = (of_matrices + np.arange(0, form.rows, plan.block) * form.pitch).reshape(-1)
+        layers.append(np.repeat(own, of_blocks.size))
+        offsets.append(np.tile(of_blocks, own.size))
+    chunk, r = jax.tree.map(lambda x: x[np.concatenate(layers)], begins)
+    found = _carried(call.d, chunk, r + np.concatenate(offsets).astype(np.uint32))
+    parts = np.cumsum([own.size for own in layers])
+    return [jax.tree.map(lambda x: x[end - own.size : end], found) for own, end in zip(layers, parts)]
 
 
 def _carried(d, chunk, r):
@@ -210,7 +217,7 @@ def _carried(d, chunk, r):
     return uint64.add(chunk, (carry * np.uint32(0), carry)), r - carry * np.uint32(d)
 
 
-def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices: Begins) -> jax.Array:
+def words_of(call: Call, form: Form, plan: Plan, where: Where, blocks: Begins) -> jax.Array:
     """What the kernels read of each block's pieces, int32 (blocks, 3 or 4, plan.words).
 
     Of each piece: the flat row of the block that it begins in; where in the tables that row begins, which may be before the
@@ -219,12 +226,10 @@ def words_of(call: Call, form: Form, plan: Plan, where: Where, matrices: Begins)
     TPU more than the arithmetic.
     """
     d = call.d
-    blocks, pitch = -(-form.rows // plan.block), np.uint32(form.pitch)
-    first_row = np.arange(blocks, dtype=np.uint32) * np.uint32(plan.block)
-    chunk, r = jax.tree.map(lambda x: x[:, None], matrices)
-    begins = _carried(d, chunk, r + first_row * pitch)
-    chunk, r = jax.tree.map(lambda x: x.reshape(-1, 1), begins)  # of each block
-    rows = np.tile(np.minimum(plan.block, form.rows - first_row.astype(np.int32)), r.shape[0] // blocks)[:, None]
+    pitch = np.uint32(form.pitch)
+    chunk, r = jax.tree.map(lambda x: x.reshape(-1, 1), blocks)
+    of_matrix = np.minimum(plan.block, form.rows - np.arange(0, form.rows, plan.block))  # rows of its blocks
+    rows = np.tile(of_matrix.astype(np.int32), r.size // of_matrix.size)[:, None]
 
     # Three kinds of pieces: a cell's, one that begins with a chunk, and one that begins with a table, in the midst of a chunk.
     number = np.arange(plan.words)

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gpart_jax import dropout
 from gpart_jax.lowerings.base import LANES, Call, Where, table_shape
 from gpart_jax.lowerings.pieces import (
-    LEAD, LONGEST, SHORTEST, Form, Plan, begins_of, form_of, matrices_of, plan_of, round_up, words_of
+    LEAD, LONGEST, SHORTEST, Form, Plan, begins_of, blocks_of, form_of, plan_of, round_up, words_of
 )  # fmt: skip
 
 _GROUP = 64  # arrays that share a loop: to start a copy from one of them is a branch each
@@ -72,9 +72,9 @@ def contract(call: Call, where: Where, cotangents: Sequence[jax.Array], interpre
 
 
 def _words(call, groups, where, begins):
-    of_groups = [matrices_of(call, group.form, group.numbers, begins) for group in groups]
+    blocks = blocks_of(call, [(group.form, group.plan, group.numbers) for group in groups], begins)
     # In one row, for of one dimension the kernel then knows the address of a word at little arithmetic, the scalar unit's bottleneck.
-    return [words_of(call, group.form, group.plan, where, of).reshape(1, -1) for group, of in zip(groups, of_groups)]
+    return [words_of(call, group.form, group.plan, where, own).reshape(1, -1) for group, own in zip(groups, blocks)]
 
 
 def _adapt_kernel(call, groups, table_ref, *refs):
