@@ -2,8 +2,10 @@
 
 The kernels take an array as matrices, and a matrix in blocks of rows. In VMEM a block lies flat, 128 numbers a flat row, and each
 matrix row begins a new one. Where they leave no gap the block is one run of consecutive indices; else each matrix row is a run.
-A piece is a part of a run within one chunk, so that it is one slice of the tables, and of a few flat rows at most. So all
-pieces take the same time, and a block has a fixed number of them; those that a block doesn't need are empty.
+A piece is a part of a run within one chunk, so that it is one slice of the tables, and of a few flat rows at most. Or, where the
+matrix rows are short parts of longer ones, it is the part of some rows that lies within one chunk: in a table these begin at
+equal distances. Then the block lies as its columns of 128, one behind the other. So all pieces take the same time, and a block
+has a fixed number of them; those that a block doesn't need are empty.
 """
 
 import functools
@@ -19,7 +21,7 @@ from gpart_jax import uint64
 from gpart_jax.lowerings.base import LANES, Call, Cut, Where, chunks_of, is_doubled, row_length
 from gpart_jax.targets import Array, Leaf
 
-LEAD = 64  # flat rows before the tables, and before a block: a slice that begins within a piece's first row is read from where that begins
+LEAD = 64  # flat rows before the tables, and before a block: a slice that begins within a row is read from the row's begin
 LONGEST = 2**20  # d whose tables, 34 MB, fit into VMEM beside the blocks
 SHORTEST = 64  # d for which a kernel is worth while: a piece costs 14 cycles or more, however short it is
 _FEWEST = 1024  # elements, likewise
@@ -220,13 +222,12 @@ def _carried(d, chunk, r):
 def words_of(call: Call, form: Form, plan: Plan, where: Where, blocks: Begins) -> jax.Array:
     """What the kernels read of each block's pieces, int32 (blocks, 3 or 4, plan.words).
 
-    Of each piece: the flat row of the block that it begins in; where in the tables that row begins, which may be before the
-    slice; and its first element and the one behind its last, in 16 bits each, counted from that row. With dropout a fourth:
+    Of each piece: the row of the block that it begins in; where in the tables that row begins, which may be before the
+    slice; and its first element and the one behind its last, in 16 bits each, counted in indices from that row. With dropout a fourth:
     the index (high, low) of the block's first element, and the key. XLA makes all of it in a few operations, for each costs a
     TPU more than the arithmetic.
     """
-    d = call.d
-    pitch = np.uint32(form.pitch)
+    d, pitch = call.d, np.uint32(form.pitch)
     chunk, r = jax.tree.map(lambda x: x.reshape(-1, 1), blocks)
     of_matrix = np.minimum(plan.block, form.rows - np.arange(0, form.rows, plan.block))  # rows of its blocks
     rows = np.tile(of_matrix.astype(np.int32), r.size // of_matrix.size)[:, None]
