@@ -24,7 +24,7 @@ _OPTIONAL = {
 
 # Keys that don't decide what is learned, but for rounding: they may change while a run is stopped. All others may not.
 OPERATIONAL = (
-    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.attention", "model.remat", "task.data_dir", "task.lengths", "task.workers",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.attention", "model.remat", "task.data_dir", "task.lengths", "task.source", "task.workers",
     "train.eval_batch_size", "train.log_every", "train.checkpoint_every", "train.nonfinite", "train.step_timeout",
     "train.compiled", "train.export", "train.profile", "train.writers",
 )  # fmt: skip

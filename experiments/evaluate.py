@@ -17,7 +17,7 @@ import grain
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from jax.sharding import NamedSharding
 
 from experiments import data, loop, metrics, processes, reasoning
@@ -29,7 +29,7 @@ from experiments.optimizer import make_optimizer
 from experiments.step import make_outputs
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.tasks.math import NEW_TOKENS
-from experiments.workdir import local, write_json
+from experiments.workdir import changes, local, write_json
 from gpart_jax import load_adapter, sharding
 from gpart_jax.methods import Method, chain, from_spec, trained_numbers
 from gpart_jax.models.vocabulary import load_vocabulary
@@ -103,6 +103,8 @@ def main(_):
         raise app.UsageError(f"--benchmark is for decoders, but {workdir} is a run of {config.task.name}.")
     mesh = _mesh(config)
     experiment = build(config, mesh)
+    for change in changes(workdir, experiment.origin(() if benchmark else (flags.FLAGS.split,))):
+        logging.warning("The run in %s began with another: %s.", workdir, change)
     method, trainable = (chain(), {}) if flags.FLAGS.base else _trained(config, workdir, experiment)
     if benchmark:
         shardings = sharding.param_shardings(experiment.params, mesh, experiment.rules)

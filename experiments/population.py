@@ -27,7 +27,7 @@ from experiments.processes import cache_programs
 from experiments.step import make_loss, make_outputs, take_step
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.train import finish
-from experiments.workdir import claim_workdir, clear_disk_errors
+from experiments.workdir import claim_workdir, clear_disk_errors, keep_origin
 from gpart_jax import sharding
 from gpart_jax.methods import Method, from_spec
 from gpart_jax.targets import named_leaves, replace_leaves
@@ -81,7 +81,10 @@ def _train(configs, workdirs, devices) -> None:
     used = max(n for n in range(1, len(devices) + 1) if count % n == 0)
     mesh = sharding.make_mesh({"data": used}, devices[:used])
     methods = [from_spec(member.method.to_dict(), member.head_targets) for member in configs]
-    experiments = _share([build(member) for member in configs], methods)
+    built = [build(member) for member in configs]
+    for workdir, experiment in zip(workdirs, built):
+        keep_origin(workdir, experiment.origin())
+    experiments = _share(built, methods)
     schedule = loop.Schedule.of(config.train, experiments[0].task)
     members = [
         loop.Member(

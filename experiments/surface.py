@@ -8,7 +8,6 @@ are distances in weight space. With a method that is linear in what it trains, a
 axes; with others, as LoRA, whose two factors are multiplied, at the edge only, and the axes say so.
 """
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import rich.progress
-from absl import app, flags
+from absl import app, flags, logging
 from jax.flatten_util import ravel_pytree
 from matplotlib import pyplot as plt
 
@@ -27,6 +26,7 @@ from experiments.build import build
 from experiments.logger import quiet
 from experiments.plots import COLORS
 from experiments.step import make_loss
+from experiments.workdir import changes, read_json
 from gpart_jax import load_adapter
 from gpart_jax.targets import named_leaves
 
@@ -146,8 +146,13 @@ def surfaces(runs: list[report.Run], radius: float | None, points: int, examples
     if len({_experiment(run) for run in runs}) > 1:
         folders = " and ".join(str(run.workdir) for run in runs)
         raise ValueError(f"{folders} are of different models or tasks: their losses can't be compared.")
-    config = json.loads((runs[0].workdir / "config.json").read_text())
-    model, params, task, *_ = build(ml_collections.ConfigDict(config))
+    config = read_json(runs[0].workdir / "config.json")
+    experiment = build(ml_collections.ConfigDict(config))
+    model, params, task, *_ = experiment
+    origin = experiment.origin(("test",))
+    for run in runs:
+        for change in changes(run.workdir, origin):
+            logging.warning("The run in %s began with another: %s.", run.workdir, change)
     chosen = np.linspace(0, len(task.test) - 1, min(examples, len(task.test))).astype(int)
     batch = task.collate([task.test[row] for row in chosen])
     radius = radius or moved(params, runs[0].workdir / "adapter.safetensors")

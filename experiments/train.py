@@ -4,7 +4,7 @@
 
 Several processes, each with the variables of experiments/processes.py set, make one run: see launch/.
 
-The workdir then holds: config.json; checkpoints/ (what is trained, its optimizer, the data position, the RNG; never the
+The workdir then holds: config.json; origin.json (what its data and model were); checkpoints/ (what is trained, its optimizer, the data position, the RNG; never the
 frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best epoch); results.json; predictions.jsonl;
 of images mistakes.png; with config.train.export the adapted model, whole.
 """
@@ -31,7 +31,7 @@ from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer
 from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_outputs, make_train_step, trained_shardings
-from experiments.workdir import claim_workdir, clear_disk_errors, local, write_json
+from experiments.workdir import claim_workdir, clear_disk_errors, keep_origin, local, write_json
 from gpart_jax import load_adapter, save_adapter, sharding
 from gpart_jax.interop import huggingface
 from gpart_jax.methods import Method, from_spec, trained_numbers
@@ -49,7 +49,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
       The results, as written to `workdir/results.json`.
 
     Raises:
-      ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config, or is in use.
+      ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config, other data or another model, or is in use.
       FloatingPointError: the loss or its gradient is no longer finite, unless config.train.nonfinite is "skip".
       OSError: the disk is full, or the workdir can't be written to.
       SystemExit: after a checkpoint was saved because of SIGTERM (code 143) or Ctrl-C (130).
@@ -70,6 +70,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
         return json.loads((workdir / "results.json").read_text())
 
     experiment = build(config, mesh)
+    keep_origin(workdir, experiment.origin())
     task, schedule = experiment.task, loop.Schedule.of(config.train, experiment.task)
     optimizer = make_optimizer(schedule.total, **config.optimizer)
     part, parts = sharding.data_part(mesh)
