@@ -16,6 +16,7 @@ import rich.table
 from absl import app, flags
 
 from experiments.config import OPERATIONAL, flatten
+from gpart_jax.files import find
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 SIZES = {"gpart": "d", "uni_lora": "d", "fastfood": "d", "lora": "rank", "vera": "rank"}  # what a method's size is
@@ -47,7 +48,7 @@ def find_runs(workdir: pathlib.Path) -> list[Run]:
       FileNotFoundError: there are none.
     """
     runs = []
-    for path in sorted(workdir.rglob("results.json")):
+    for path in find(workdir, "results.json"):
         config = flatten(json.loads((path.parent / "config.json").read_text()))
         runs.append(Run(path.parent, config, json.loads(path.read_text())))
     if not runs:
