@@ -103,7 +103,8 @@ def main(_):
         raise app.UsageError(f"--benchmark is for decoders, but {workdir} is a run of {config.task.name}.")
     mesh = _mesh(config)
     experiment = build(config, mesh)
-    for change in changes(workdir, experiment.origin(() if benchmark else (flags.FLAGS.split,))):
+    origin = experiment.origin(() if benchmark else (flags.FLAGS.split,))
+    for change in changes(workdir, origin):
         logging.warning("The run in %s began with another: %s.", workdir, change)
     method, trainable = (chain(), {}) if flags.FLAGS.base else _trained(config, workdir, experiment)
     if benchmark:
@@ -114,7 +115,8 @@ def main(_):
             out_shardings=shardings, donate_argnums=1,  # the base's memory becomes the adapted model's
         )  # fmt: skip
         adapted = adapt(*arguments)
-        _answer(config, experiment._replace(params=None), adapted, trainable, mesh, workdir, benchmark)
+        weights = origin["model's weights"]
+        _answer(config, experiment._replace(params=None), adapted, trainable, weights, mesh, workdir, benchmark)
     else:
         _score(config, experiment.task, outputs_of(experiment, method, trainable, mesh), mesh, flags.FLAGS.split)
 
@@ -162,7 +164,9 @@ def _score(config, task: data.Task, outputs: Callable, mesh, split: str) -> None
             _say(f"  {label}: {value:.4f}")
 
 
-def _answer(config, experiment: Experiment, params, trainable, mesh, workdir: pathlib.Path, benchmark: str) -> None:
+def _answer(
+    config, experiment: Experiment, params, trainable, weights: str, mesh, workdir: pathlib.Path, benchmark: str
+) -> None:
     base, vocab_size = flags.FLAGS.base, experiment.model.config.vocab_size
     vocabulary = load_vocabulary(config.model.source, vocab_size)
     limit = flags.FLAGS.limit
@@ -178,7 +182,10 @@ def _answer(config, experiment: Experiment, params, trainable, mesh, workdir: pa
     folder = workdir / (f"{benchmark}-base" if base else benchmark)
     rows = reasoning.answer_all(
         experiment.model, params, mesh, vocabulary, benchmark, examples, folder,
-        settings={"model": config.model.source, "dtype": config.model.dtype, "adapter": None if base else digest},
+        settings={
+            "model": config.model.source, "dtype": config.model.dtype, "adapter": None if base else digest, "weights": weights,
+            "tokenizer": hashlib.sha256(vocabulary.tokenizer.to_str().encode()).hexdigest()[:16],
+        },
         batch_size=flags.FLAGS.batch, max_new_tokens=flags.FLAGS.max_new_tokens or NEW_TOKENS[benchmark], say=_say,
     )  # fmt: skip
     share, low, high = reasoning.accuracy(rows)

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 TRAINING_DATA = ("metamathqa", "gsm8k", "problems")
 PROMPT = "Question: {question}\nAnswer:"
 TRAINING = PROMPT + " {response}"
-STOP = ("Question",)  # a new one: the answer is over
+STOP = ("\nQuestion:",)  # a new one: the answer is over
+NEW_QUESTION = re.compile(r"(?:^|\n)[ \t*_#]*Question(?: \d+)?[ *_]*:")
 NEW_TOKENS = {"gsm8k": 1024, "math": 2048, "problems": 256}  # at most
 METAMATH_FILE = "MetaMathQA-395K.json"  # in its hub data set
 
@@ -118,10 +119,9 @@ def _tokens(vocabulary: Vocabulary, texts: list[str]) -> list[list[int]]:
 
 
 def completion(text: str) -> str:
-    """What a model wrote after a prompt, up to the next question."""
-    for stop in STOP:
-        text = text.partition(stop)[0]
-    return text
+    """What a model wrote after a prompt, up to the line on which it begins a new question."""
+    found = NEW_QUESTION.search(text)
+    return text[: found.start()] if found else text
 
 
 def read_gsm8k(split: str, data_dir: str | None = None) -> list[dict]:
