@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import Table, save
+from experiments.command import run_command
 from experiments.data import train_batches
 from experiments.step import make_loss, take_step, token_weights
 from experiments.tasks import load_task
@@ -138,4 +139,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("d", 65_536, "Numbers of theta.", lower_bound=1)
     flags.DEFINE_float("lr", 2e-4, "Adam's rate; the recipe's for bfloat16.", lower_bound=0)
     flags.DEFINE_string("picture", None, "The PNG to write.")
-    app.run(main)
+    run_command(main)

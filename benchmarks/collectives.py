@@ -14,6 +14,7 @@ from absl import app
 
 from benchmarks.measure import Table, save
 from configs import glue
+from experiments.command import run_command
 from experiments.data import Task
 from experiments.step import make_loss
 from experiments.text import INPUTS
@@ -68,4 +69,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_command(main)

@@ -29,6 +29,7 @@ from absl import app, flags
 
 import gpart_jax
 from benchmarks.run import measure, probe
+from experiments.command import run_command
 
 
 class Part(NamedTuple):
@@ -246,4 +247,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("figures", None, "Where the figures go; none: device.json, or runs/smoke/device.json.")
     flags.DEFINE_string("docs", None, "Folder of the page of tables; none: docs, or runs/smoke.")
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps glue/sst2; none: TFDS_DATA_DIR or ~/tensorflow_datasets.")
-    app.run(main)
+    run_command(main)

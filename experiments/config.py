@@ -34,9 +34,9 @@ OPERATIONAL = (
 _BEFORE = {"method.apply": ("sum",), "method.dropout": (0.0,)}
 
 
-def identity(config: ml_collections.ConfigDict) -> dict:
+def identity(config: ml_collections.ConfigDict | dict) -> dict:
     """What makes a run what it is: the keys outside OPERATIONAL, such as {"method.d": 4096}, but for options that are off."""
-    flat = flatten(json.loads(config.to_json()))
+    flat = flatten(config if isinstance(config, dict) else json.loads(config.to_json()))
     return {
         key: value
         for key, value in flat.items()
@@ -63,12 +63,20 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for key in _KEYS["train"]:
         if not isinstance(config.train[key], int) or config.train[key] < 1:
             raise ValueError(f"config.train.{key} must be a positive integer, not {config.train[key]!r}.")
+    for key in ("patience", "validate_every"):
+        if (value := config.train.get(key)) is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"config.train.{key} must be a positive integer or None, not {value!r}.")
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise ValueError(f"config.seed must be an integer from 0 to 2^32 - 1, not {config.seed!r}.")
+    if config.model.dtype not in DTYPES:
+        raise ValueError(f"config.model.dtype must be one of {', '.join(DTYPES)}, not {config.model.dtype!r}.")
     if config.train.get("nonfinite", "stop") not in NONFINITE:
         raise ValueError(
             f"config.train.nonfinite must be one of {', '.join(NONFINITE)}, not {config.train.nonfinite!r}."
         )
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 NONFINITE = ("stop", "skip")  # what to do about a loss that isn't finite: config.train.nonfinite
 
 

@@ -23,13 +23,14 @@ from jax.sharding import NamedSharding
 from experiments import data, loop, metrics, processes, reasoning
 from experiments.build import Experiment, build
 from experiments.checkpoint import Checkpoints
+from experiments.command import run_command
 from experiments.config import parse_mesh
 from experiments.logger import quiet
 from experiments.optimizer import make_optimizer
 from experiments.step import make_outputs
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.tasks.math import NEW_TOKENS
-from experiments.workdir import changes, local, write_json
+from experiments.workdir import changes, local, read_config, write_json
 from gpart_jax import load_adapter, sharding
 from gpart_jax.methods import Method, chain, from_spec, trained_numbers
 from gpart_jax.models.vocabulary import load_vocabulary
@@ -97,7 +98,7 @@ def main(_):
     workdir, benchmark = local(flags.FLAGS.workdir), flags.FLAGS.benchmark
     if not (workdir / "config.json").is_file():
         raise app.UsageError(f"{workdir} holds no run (no config.json). Train there first.")
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    config = read_config(workdir)
     processes.cache_programs(config.train.get("compiled"))
     if benchmark and task_kind(config.task.name) != LANGUAGE:
         raise app.UsageError(f"--benchmark is for decoders, but {workdir} is a run of {config.task.name}.")
@@ -216,4 +217,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("limit", None, "Of a benchmark: only the first so many problems.", lower_bound=1)
     flags.DEFINE_integer("batch", 16, "Of a benchmark: how many problems are answered at a time.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", None, "Of a benchmark: of each answer; none: the recipe's.", lower_bound=1)
-    app.run(main)
+    run_command(main)

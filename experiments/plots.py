@@ -1,6 +1,6 @@
 """Pictures of finished runs, from what lies on disk. report.py finds the runs and has them drawn."""
 
-import json
+import collections
 import pathlib
 import shutil
 import statistics
@@ -17,11 +17,12 @@ from scipy.special import softmax  # noqa: E402
 from scipy.stats import norm  # noqa: E402
 
 from experiments.report import UNITS, shown  # noqa: E402
+from experiments.workdir import read_json, read_lines  # noqa: E402
 
-COLORS = {
+COLORS = collections.defaultdict(lambda: "#555555", {
     "gpart": "#0b6e4f", "uni_lora": "#2f6690", "fastfood": "#d98e04", "lora": "#c1666b", "vera": "#7b4b94",
     "bitfit": "#8a5a44", "head": "#7d8597", "full": "#3d405b", "base": "#999999",
-}  # fmt: skip
+})  # fmt: skip
 OVER_D = ("gpart", "uni_lora", "fastfood")  # methods with a free d
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of a method's variants
 
@@ -196,8 +197,8 @@ def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
     """Draws training losses, accuracy against size, and of the first run each test word's rating against its logit."""
     runs = [
         (
-            json.loads((workdir / "results.json").read_text()),
-            [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()],
+            read_json(workdir / "results.json"),
+            read_lines(workdir / "metrics.jsonl"),
         )
         for workdir in workdirs
     ]
@@ -226,7 +227,7 @@ def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
 
 
 def _draw_words(axes, workdir: pathlib.Path, results: dict) -> None:
-    rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    rows = read_lines(workdir / "predictions.jsonl")
     rating = np.array([row["rating"] for row in rows])
     margin = np.array([row["logits"][1] - row["logits"][0] for row in rows])
     right = np.array([row["label"] == row["prediction"] for row in rows])

@@ -8,7 +8,6 @@ the members, who are divided over the devices: nothing is communicated between t
 """
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -27,7 +26,7 @@ from experiments.processes import cache_programs
 from experiments.step import make_loss, make_outputs, take_step
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.train import finish
-from experiments.workdir import claim_workdir, clear_disk_errors, keep_origin
+from experiments.workdir import claim_workdir, clear_disk_errors, keep_origin, read_json
 from gpart_jax import sharding
 from gpart_jax.methods import Method, from_spec
 from gpart_jax.targets import named_leaves, replace_leaves
@@ -72,7 +71,7 @@ def train_population(
         open_ = [pair for pair in zip(configs, workdirs) if not (pair[1] / "results.json").exists()]
         if open_:
             _train(*zip(*open_), devices)
-    return [json.loads((workdir / "results.json").read_text()) for workdir in workdirs]
+    return [read_json(workdir / "results.json") for workdir in workdirs]
 
 
 def _train(configs, workdirs, devices) -> None:

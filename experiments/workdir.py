@@ -13,7 +13,7 @@ import typing
 import ml_collections
 from absl import app, logging
 
-from experiments.config import identity
+from experiments.config import check_config, identity
 from experiments.processes import barrier, is_writer
 
 MEND = "Bring it back, or move that run's folder away."
@@ -66,7 +66,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} has checkpoints but no config.json to say whose. Choose another workdir.")
-    here, there = identity(config), identity(ml_collections.ConfigDict(json.loads(path.read_text())))
+    here, there = identity(config), identity(read_json(path))
     differences = [
         f"config.{key} is {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
@@ -142,6 +142,38 @@ def read_json(path: pathlib.Path) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object. {MEND}")
     return found
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+    """The JSON object in each line of a file of a run; a last line that was cut as it was written is left out.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {MEND}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is damaged: a line holds no JSON object. {MEND}")
+    return rows
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config of the run in a folder.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is damaged.
+    """
+    path = workdir / "config.json"
+    found = read_json(path)
+    try:
+        config = ml_collections.ConfigDict(found)
+        check_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error} {MEND}") from error
+    return config
 
 
 def write_json(path: pathlib.Path, content) -> None:

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from experiments.build import fitted
+from experiments.command import run_command
 from experiments.config import parse_mesh
 from experiments.data import Task
 from experiments.flops import matmul_flops
@@ -286,4 +287,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("chip", None, list(CHIPS), "Which chip; none: say of each whether it has the memory.")
     flags.DEFINE_list("parts", None, f"Some of {', '.join(PARTS)}; none: all that the model has.")
     flags.DEFINE_integer("length", None, "Tokens of every text; none: config.task.max_length.", lower_bound=2)
-    app.run(main)
+    run_command(main)
