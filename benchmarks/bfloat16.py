@@ -8,6 +8,7 @@ share of adapted entries that have moved at all. Of float32 and apart these are 
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def main(_):
                 table.add(way, number, *(f"{x:.3f}" for x in moved), f"{float(numbers['loss']):.4f}", f"{tested:.4f}")
     save(table, curves=curves)
     if options.picture:
-        draw(curves, options.picture)
+        draw(curves, os.path.expanduser(options.picture))
 
 
 def draw(curves, path):

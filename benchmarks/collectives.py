@@ -10,7 +10,6 @@ import collections
 
 import jax
 import optax
-from absl import app
 
 from benchmarks.measure import Table, save
 from configs import glue

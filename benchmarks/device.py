@@ -195,8 +195,8 @@ def main(_):
     if options.smoke:
         os.environ |= SMOKE
     folder = pathlib.Path("runs/smoke")
-    file = pathlib.Path(options.figures or (folder / "device.json" if options.smoke else "device.json"))
-    docs = pathlib.Path(options.docs or (folder if options.smoke else "docs"))
+    file = pathlib.Path(options.figures or (folder / "device.json" if options.smoke else "device.json")).expanduser()
+    docs = pathlib.Path(options.docs or (folder if options.smoke else "docs")).expanduser()
     machine = probe()
     if machine["platform"] == "cpu" and not options.smoke:
         raise app.UsageError(

@@ -99,7 +99,7 @@ def main(_):
             failed.append(f"{suite} ({wrong})")
         if found:
             figures[suite] = found
-        pathlib.Path(options.output).write_text(json.dumps(figures, indent=1))
+        pathlib.Path(options.output).expanduser().write_text(json.dumps(figures, indent=1))
     print(f"\nFigures: {options.output}")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}.")

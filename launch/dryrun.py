@@ -9,7 +9,6 @@ to twice the temporaries. Only the TPU's compiler estimates the length of a step
 
 import collections
 import importlib.util
-import json
 import math
 import os
 import pathlib
@@ -41,6 +40,7 @@ from gpart_jax.models import decoder, generate, published
 from gpart_jax.models.attention import share
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
+from gpart_jax.models.storage import read_config
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
 from launch import cycles, hlo
 
@@ -71,8 +71,9 @@ class Step(NamedTuple):
 def describe(config, mesh, length: int | None = None, part: str = "train") -> Step:
     """A config's step on a mesh, of PARTS, for texts of `length` tokens (None: the longest that the task has)."""
     described, dtype = published.CONFIGS.get(config.model.source), jnp.dtype(config.model.dtype)
-    if (file := pathlib.Path(config.model.source) / "config.json").is_file():
-        described = json.loads(file.read_text())
+    folder = pathlib.Path(config.model.source or "").expanduser()
+    if config.model.source and (folder / "config.json").is_file():
+        described = read_config(folder)
     if described is None:
         raise app.UsageError(
             f"The shape of {config.model.source} isn't known: it is no directory with a config.json, and none of "

@@ -226,7 +226,7 @@ def _records(path: pathlib.Path, fields: tuple[str, ...]) -> list[tuple[str, dic
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             else:
                 rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged or not JSON ({error}). Download or copy it again.") from error
         rows = rows if isinstance(rows, list) else [rows]
         records += [(f"{file}, record {number}", row) for number, row in enumerate(rows)]
