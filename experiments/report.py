@@ -57,16 +57,19 @@ def find_runs(workdir: pathlib.Path) -> list[Run]:
     """
     runs = []
     for path in find(workdir, "results.json"):
-        beside = path.parent / "config.json"
-        run = Run(path.parent, flatten(read_json(beside)), read_json(path))
-        _check(beside, run.config, CONFIG)
-        if size := SIZES.get(run.config["method.name"]):
-            _check(beside, run.config, {f"method.{size}": int})
-        _check(path, {"test_by_class": {}} | run.results, RESULTS)
-        runs.append(run)
+        runs.append(Run(path.parent, flatten(read_json(path.parent / "config.json")), read_json(path)))
     if not runs:
         raise FileNotFoundError(f"There is no finished run (no results.json) in {workdir}. Train there first.")
     return runs
+
+
+def check(runs: list[Run]) -> None:
+    """Raises a ValueError if a run's files lack what tables need of them."""
+    for workdir, config, results in runs:
+        _check(workdir / "config.json", config, CONFIG)
+        if size := SIZES.get(config["method.name"]):
+            _check(workdir / "config.json", config, {f"method.{size}": int})
+        _check(workdir / "results.json", {"test_by_class": {}} | results, RESULTS)
 
 
 def _check(path: pathlib.Path, found: dict, needed: dict) -> None:
@@ -118,7 +121,12 @@ def rows(runs: list[Run]) -> list[Row]:
 
 
 def by_model(runs: list[Run]) -> dict[str, list[Row]]:
-    """The rows of each model."""
+    """The rows of each model.
+
+    Raises:
+      ValueError: as `check` and `rows`.
+    """
+    check(runs)
     models = collections.defaultdict(list)
     for run in runs:
         models[run.config["model.source"] or "trained from nothing"].append(run)

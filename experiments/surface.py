@@ -186,6 +186,7 @@ def draw(radius: float, found: list[Surface], path: pathlib.Path) -> None:
 def main(_):
     quiet()
     runs = [run for folder in flags.FLAGS.runs for run in report.find_runs(local(folder))]
+    report.check(runs)
     if len(flags.FLAGS.runs) == 1:
         runs = choose(runs)
     if len(runs) != 2:
