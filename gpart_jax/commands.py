@@ -43,7 +43,7 @@ def explain(error: Exception) -> str | None:
         said = error.strerror or str(error) or type(error).__name__
         if error.filename is None:
             return said
-        return f"{said}: {error.filename}. {ADVICE.get(error.errno, 'Check the path and the disk.')}"
+        return f"{said}: {error.filename}. {ADVICE.get(error.errno or 0, 'Check the path and the disk.')}"
     if isinstance(error, ImportError):
         return None if (error.name or "").startswith(OURS) else str(error)
     if isinstance(error, re.error) and error.pattern is not None:
