@@ -25,6 +25,7 @@ from jax.experimental import topologies  # noqa: E402
 from benchmarks.measure import Table, save  # noqa: E402
 from configs import glue  # noqa: E402
 from experiments.abstract import describe  # noqa: E402
+from experiments.command import run_command
 from gpart_jax import canonical_layout, gpart_transform, make_partition, sharding  # noqa: E402
 from gpart_jax.partition import SCHEMES  # noqa: E402
 from launch.cycles import CHIPS, estimate  # noqa: E402
@@ -139,4 +140,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("dropouts", [0.0, 0.1], "Rates of dropout on P theta.")
     flags.DEFINE_list("schemes", list(SCHEMES), "Some of these.")
     flags.DEFINE_list("steps", [], f"Training steps with 128 tokens a text: {', '.join(STEPS)}.")
-    app.run(main)
+    run_command(main)

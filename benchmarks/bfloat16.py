@@ -7,14 +7,17 @@ Each way sees the same batches. `moved`: |W - W0| / |theta|, which is 1 for an i
 share of adapted entries that have moved at all. Of float32 and apart these are those of P theta itself.
 """
 
+import os
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import Table, save
+from experiments.command import run_command
 from experiments.data import train_batches
 from experiments.step import make_loss, take_step, token_weights
 from experiments.tasks import load_task
@@ -57,7 +60,7 @@ def main(_):
         behind.add(way, spread(last[way] - last["float32"], "+.4f"))
     save(table, behind=behind.rows, curves=rows)
     if options.picture:
-        draw({way: np.mean(of, 0) for way, of in rows.items()}, options.picture)
+        draw({way: np.mean(of, 0) for way, of in rows.items()}, os.path.expanduser(options.picture))
 
 
 def spread(x, form=".4f"):
@@ -131,4 +134,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("d", 65_536, "Numbers of theta.", lower_bound=1)
     flags.DEFINE_float("lr", 2e-4, "Adam's rate; the recipe's for bfloat16.", lower_bound=0)
     flags.DEFINE_string("picture", None, "The PNG to write.")
-    app.run(main)
+    run_command(main)

@@ -23,10 +23,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.measure import Table, save
+from experiments.command import run_command
 from gpart_jax import canonical_layout, gpart, gpart_transform, make_partition, sharding, transform
 from gpart_jax.partition import SCHEMES, SIGNED_MAGNITUDE, group_ids
 
@@ -199,4 +200,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of the weights.")
     flags.DEFINE_integer("layers", 6, "Layers of the stacked leaves.", lower_bound=1)
     flags.DEFINE_integer("width", 512, "Of the matrices; even.", lower_bound=2)
-    app.run(main)
+    run_command(main)

@@ -10,11 +10,11 @@ import collections
 
 import jax
 import optax
-from absl import app
 
 from benchmarks.measure import Table, save
 from configs import glue
 from experiments.abstract import describe
+from experiments.command import run_command
 from experiments.data import Task
 from experiments.step import make_loss
 from experiments.text import INPUTS
@@ -68,4 +68,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_command(main)

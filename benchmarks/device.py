@@ -29,6 +29,7 @@ from absl import app, flags
 
 import gpart_jax
 from benchmarks.run import measure, probe
+from experiments.command import run_command
 
 
 class Part(NamedTuple):
@@ -194,8 +195,8 @@ def main(_):
     if options.smoke:
         os.environ |= SMOKE
     folder = pathlib.Path("runs/smoke")
-    file = pathlib.Path(options.figures or (folder / "device.json" if options.smoke else "device.json"))
-    docs = pathlib.Path(options.docs or (folder if options.smoke else "docs"))
+    file = pathlib.Path(options.figures or (folder / "device.json" if options.smoke else "device.json")).expanduser()
+    docs = pathlib.Path(options.docs or (folder if options.smoke else "docs")).expanduser()
     machine = probe()
     if machine["platform"] == "cpu" and not options.smoke:
         raise app.UsageError(
@@ -246,4 +247,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("figures", None, "Where the figures go; none: device.json, or runs/smoke/device.json.")
     flags.DEFINE_string("docs", None, "Folder of the page of tables; none: docs, or runs/smoke.")
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps glue/sst2; none: TFDS_DATA_DIR or ~/tensorflow_datasets.")
-    app.run(main)
+    run_command(main)

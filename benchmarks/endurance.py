@@ -29,7 +29,9 @@ import tempfile
 import threading
 import time
 
-from absl import app, flags
+from absl import flags
+
+from experiments.command import run_command
 
 FAULTS = ("kill", "terminate", "cut", "flip", "vanish", "fill", "race")
 CONFIG = [
@@ -254,4 +256,4 @@ def main(_):
 if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 100, "How many.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of what happens when.")
-    app.run(main)
+    run_command(main)

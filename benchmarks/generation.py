@@ -14,10 +14,11 @@ import statistics
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import Table, in_turn, keep_freed_memory, ratios, save, spread
 from benchmarks.step import SHAPES
+from experiments.command import run_command
 from gpart_jax import gpart_transform
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.generate import generate
@@ -107,4 +108,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("mixed", False, "Answers of mixed lengths, up to --new_tokens.")
     flags.DEFINE_integer("d", 65_536, "Length of theta.", lower_bound=1)
     flags.DEFINE_integer("repeats", 3, "How often each is timed.", lower_bound=1)
-    app.run(main)
+    run_command(main)

@@ -11,10 +11,11 @@ import time
 import jax
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from experiments.abstract import describe
+from experiments.command import run_command
 from gpart_jax import canonical_layout, sharding
 from gpart_jax.methods import from_spec
 from gpart_jax.models import published
@@ -73,4 +74,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/glue.py:rte,base", "The recipe: a config of configs/glue.py.")
     flags.DEFINE_integer("length", 512, "Tokens of every text.", lower_bound=2)
     flags.DEFINE_integer("steps", 3, "How many steps to take.", lower_bound=1)
-    app.run(main)
+    run_command(main)

@@ -11,12 +11,13 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
 from benchmarks.glue_step import draw
 from experiments.abstract import describe
+from experiments.command import run_command
 from experiments.data import train_batches
 from experiments.images import image_task
 from gpart_jax import sharding
@@ -103,4 +104,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("workers", ["0", "2"], "How many processes decode, each in turn; 0: threads.")
     flags.DEFINE_float("seconds", 10, "How long each pipeline is timed.", lower_bound=0.1)
     flags.DEFINE_integer("steps", 5, "How many steps the model is timed for.", lower_bound=1)
-    app.run(main)
+    run_command(main)

@@ -71,7 +71,7 @@ def save(table: Table, **figures) -> None:
     """
     if flags.FLAGS.json:
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        file, text = pathlib.Path(flags.FLAGS.json), json.dumps({"table": table.rows, "peak": peak} | figures, indent=1)
+        file, text = pathlib.Path(flags.FLAGS.json).expanduser(), json.dumps({"table": table.rows, "peak": peak} | figures, indent=1)
         beside = file.with_name(f".{file.name}")
         beside.write_text(text)
         os.replace(beside, file)  # whole, whenever the benchmark is killed

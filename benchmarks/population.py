@@ -13,10 +13,11 @@ import statistics
 import tempfile
 import time
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from benchmarks.measure import Table, save
+from experiments.command import run_command
 from experiments.logger import quiet
 from experiments.population import train_population
 from experiments.train import train
@@ -55,4 +56,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to train: a file of configs/.")
     flags.DEFINE_integer("members", 5, "How many runs.", lower_bound=2)
     flags.DEFINE_integer("examples", None, "To train on, the first so many; none: all.", lower_bound=1)
-    app.run(main)
+    run_command(main)

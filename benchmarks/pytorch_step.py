@@ -27,9 +27,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import Table, in_turn, ratios, save, spread
+from experiments.command import run_command
 from experiments.data import Task
 from experiments.optimizer import make_optimizer
 from experiments.step import make_loss, make_train_step
@@ -274,4 +275,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("length", 128, "Tokens of every text.", lower_bound=2)
     flags.DEFINE_integer("threads", None, "Of each framework; none: one for each core.", lower_bound=1)
     flags.DEFINE_integer("repeats", 15, "How many turns are timed.", lower_bound=1)
-    app.run(main)
+    run_command(main)

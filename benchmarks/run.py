@@ -21,6 +21,8 @@ import tempfile
 import jax
 from absl import app, flags
 
+from experiments.command import run_command
+
 SUITES = {  # what it measures, and the options of --quick
     "transform": ("forward over a copy, VJP over a sum, bytes kept", ["--sizes=1048576", "--ds=256,23040", "--repeats=3"]),
     "step": ("a training step over the same with given weights; memory", ["--models=minilm", "--rows=2", "--repeats=3"]),
@@ -97,7 +99,7 @@ def main(_):
             failed.append(f"{suite} ({wrong})")
         if found:
             figures[suite] = found
-        pathlib.Path(options.output).write_text(json.dumps(figures, indent=1))
+        pathlib.Path(options.output).expanduser().write_text(json.dumps(figures, indent=1))
     print(f"\nFigures: {options.output}")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}.")
@@ -107,4 +109,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("suite", list(SUITES), f"Which, of {', '.join(SUITES)}.")
     flags.DEFINE_bool("quick", False, "Few sizes and repeats.")
     flags.DEFINE_string("output", "benchmarks.json", "Where the figures go.")
-    app.run(main)
+    run_command(main)

@@ -11,9 +11,10 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import Table, ratios, save, spread
+from experiments.command import run_command
 from gpart_jax import adapter as artifact
 from gpart_jax import serving
 from gpart_jax.adapter import Adapter
@@ -133,4 +134,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rows", 32, "Examples in a batch.", lower_bound=1)
     flags.DEFINE_integer("length", 32, "Tokens of each.", lower_bound=1)
     flags.DEFINE_integer("repeats", 9, "How often each batch is timed.", lower_bound=1)
-    app.run(main)
+    run_command(main)

@@ -9,9 +9,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import Table, save
+from experiments.command import run_command
 from gpart_jax import canonical_layout, make_partition
 from gpart_jax.models import published
 from gpart_jax.models.decoder import Decoder, DecoderConfig
@@ -45,4 +46,4 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "ds", [23_040, 256, 524_288], "Lengths of theta; splitmix64, which counts all N, has the first alone."
     )
-    app.run(main)
+    run_command(main)

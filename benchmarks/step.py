@@ -24,6 +24,7 @@ import optax
 from absl import app, flags
 
 from benchmarks.measure import Table, in_turn, keep_freed_memory, ratios, save, spread
+from experiments.command import run_command
 from experiments.data import Task
 from experiments.step import make_language_loss, make_loss, make_train_step, token_weights
 from experiments.text import INPUTS
@@ -197,4 +198,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rows", 8, "Texts of a batch.", lower_bound=1)
     flags.DEFINE_integer("length", 128, "Tokens of each.", lower_bound=2)
     flags.DEFINE_integer("repeats", 9, "How often each step is timed.", lower_bound=1)
-    app.run(main)
+    run_command(main)

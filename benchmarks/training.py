@@ -14,11 +14,12 @@ import time
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import app, flags
+from absl import flags
 from tensorflow_datasets.text.glue import Glue
 
 from benchmarks.measure import Table, save
 from configs import glue, quickstart
+from experiments.command import run_command
 from experiments.logger import quiet
 from experiments.train import train
 
@@ -78,4 +79,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("examples", None, "To train on, the first so many; none: all.", lower_bound=1)
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps glue/sst2; none: TFDS_DATA_DIR or ~/tensorflow_datasets.")
     flags.DEFINE_bool("made_up", False, "Make glue/sst2 up.")
-    app.run(main)
+    run_command(main)

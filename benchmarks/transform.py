@@ -13,9 +13,10 @@ import statistics
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.measure import Table, in_turn, keep_freed_memory, ratios, save, spread
+from experiments.command import run_command
 from gpart_jax import canonical_layout, gpart_transform, make_partition
 
 LOWERINGS = {
@@ -101,4 +102,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("dropouts", [0.0, 0.1], "Rates of dropout on P theta.")
     flags.DEFINE_multi_enum("lowerings", list(LOWERINGS), list(LOWERINGS), "Which; repeat the flag for several.")
     flags.DEFINE_integer("repeats", 9, "How often each call is timed.", lower_bound=1)
-    app.run(main)
+    run_command(main)

@@ -19,6 +19,7 @@ from absl import app, flags
 
 from configs import glue, quickstart, vision
 from experiments import report
+from experiments.command import run_command
 from experiments.logger import quiet
 from experiments.sweep import make_runs
 from experiments.train import train
@@ -165,4 +166,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("budget", "full", list(BUDGETS), "full: 7 d, 5 values, 5 seeds. small: 3 d, 3 values, 2 seeds.")
     flags.DEFINE_string("workdir", None, "Folder for the runs, those of each task in one of its own.", required=True)
     flags.DEFINE_integer("jobs", 1, "Runs at once.", lower_bound=1)
-    app.run(main)
+    run_command(main)

@@ -3,7 +3,6 @@
 `build.build` is the same with weights and data. Nothing is downloaded, and no weight is allocated.
 """
 
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from gpart_jax.models import decoder, generate, published
 from gpart_jax.models.attention import share
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.encoder import EncoderClassifier, EncoderConfig
+from gpart_jax.models.storage import read_config
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
 
 PARTS = {"train": "training", "evaluate": "evaluation", "generate": "generation"}  # the last of decoders alone
@@ -45,8 +45,9 @@ class Step(NamedTuple):
 def describe(config, mesh, length: int | None = None, part: str = "train") -> Step:
     """A config's step on a mesh, of PARTS, for texts of `length` tokens (None: the longest that the task has)."""
     described, dtype = published.CONFIGS.get(config.model.source), jnp.dtype(config.model.dtype)
-    if (file := pathlib.Path(config.model.source) / "config.json").is_file():
-        described = json.loads(file.read_text())
+    folder = pathlib.Path(config.model.source or "").expanduser()
+    if config.model.source and (folder / "config.json").is_file():
+        described = read_config(folder)
     if described is None:
         raise ValueError(
             f"The shape of {config.model.source} isn't known: it is no directory with a config.json, and none of "

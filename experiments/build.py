@@ -1,7 +1,10 @@
 """What a config describes, apart from how it is trained: the model with its frozen weights, and the task."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +16,12 @@ from flax import linen as nn
 from experiments import data
 from experiments.tasks import IMAGES, LANGUAGE, TEXT, load_task, task_kind
 from gpart_jax import sharding
+from gpart_jax.adapter.fingerprint import base_fingerprint
 from gpart_jax.models import decoder, pretrained, storage
 from gpart_jax.models.attention import choose
 from gpart_jax.models.pretrained_decoder import load_decoder
 from gpart_jax.models.vit import ViTClassifier, ViTConfig
+from gpart_jax.targets import named_leaves
 
 
 class Experiment(NamedTuple):
@@ -27,6 +32,14 @@ class Experiment(NamedTuple):
     task: data.Task
     rules: sharding.Rules  # how a mesh divides the params
     drawn: tuple[str, ...] = ()  # the beginnings of paths of what no file holds
+
+    def origin(self, splits: Sequence[str] = ("train", "validation", "test")) -> dict[str, str]:
+        """What a run depends on beside its config: the data of these splits, the model's weights and shape. All processes call it."""
+        read = {path: leaf for path, leaf in named_leaves(self.params) if not path.startswith(self.drawn)}
+        labels = hashlib.sha256(json.dumps(self.task.labels).encode()).hexdigest()[:16]
+        found = {f"{split} data": data.fingerprint(getattr(self.task, split)) for split in splits}
+        shape = {f"model.{name}": str(value) for name, value in dataclasses.asdict(self.model.config).items()}
+        return found | {"labels of the data": labels, "model's weights": base_fingerprint(read)} | shape
 
 
 def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Experiment:

@@ -25,9 +25,19 @@ _OPTIONAL = {
 }
 
 
+_NUMBER = int | float
+_TYPES = {  # of values that are used without a look at their type; a section is checked by its user else
+    "seed": int, "model.source": str | None, "model.dtype": str, "method.name": str, "mesh.data": int, "mesh.fsdp": int, "mesh.tensor": int,
+    "task.name": str, "task.max_length": int, "task.image_size": int, "task.holdout": _NUMBER, "task.crop": _NUMBER,
+    "task.train_examples": int | None, "task.validation_examples": int | None, "task.test_examples": int, "task.data_dir": str | None,
+    "task.source": str, "train.profile": str | None, "train.compiled": str | None, "optimizer.lr": _NUMBER | None, "optimizer.step": _NUMBER | None, "optimizer.start": _NUMBER | None, "optimizer.head_lr": _NUMBER,
+    "optimizer.weight_decay": _NUMBER, "optimizer.warmup": _NUMBER, "optimizer.clip": _NUMBER | None,
+}  # fmt: skip
+
+
 # Keys that don't decide what is learned, but for rounding: they may change while a run is stopped. All others may not.
 OPERATIONAL = (
-    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.attention", "model.remat", "task.data_dir", "task.lengths", "task.workers",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.attention", "model.remat", "task.data_dir", "task.lengths", "task.source", "task.workers",
     "train.eval_batch_size", "train.log_every", "train.checkpoint_every", "train.nonfinite", "train.step_timeout",
     "train.compiled", "train.export", "train.profile", "train.writers",
 )  # fmt: skip
@@ -37,9 +47,9 @@ OPERATIONAL = (
 _BEFORE = {"optimizer.name": ("adamw",), "optimizer.start": (0.01,), "train.select": ("heldout",), "method.apply": ("sum",), "method.dropout": (0.0,)}
 
 
-def identity(config: ml_collections.ConfigDict) -> dict:
+def identity(config: ml_collections.ConfigDict | dict) -> dict:
     """What makes a run what it is: the keys outside OPERATIONAL, such as {"method.d": 4096}, but for options that are off."""
-    flat = flatten(json.loads(config.to_json()))
+    flat = flatten(config if isinstance(config, dict) else json.loads(config.to_json()))
     return {
         key: value
         for key, value in flat.items()
@@ -60,12 +70,29 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if "sweep" in config:
         raise ValueError("config.sweep makes this config a grid of runs: start it with python -m experiments.sweep.")
     _check_keys("config", set(config), set(_KEYS))
+    for section in ("method", "task", *(section for section, keys in _KEYS.items() if keys)):
+        if not isinstance(config[section], ml_collections.ConfigDict):
+            raise ValueError(f"config.{section} must be a section of keys, not {config[section]!r}.")
     for section, keys in _KEYS.items():
         if keys:
             _check_keys(f"config.{section}", set(config[section]) - _OPTIONAL.get(section, set()), keys)
+    flat = flatten(json.loads(config.to_json()))
+    for key, kind in _TYPES.items():
+        if key in flat and not isinstance(flat[key], kind):
+            raise ValueError(f"config.{key} = {flat[key]!r} is of the wrong type: it must be {getattr(kind, '__name__', kind)}.")
+    for name in ("method", "task"):
+        if f"{name}.name" not in flat:
+            raise ValueError(f"config.{name} lacks the key 'name'. See configs/quickstart.py for a complete config.")
     for key in _KEYS["train"]:
         if not isinstance(config.train[key], int) or config.train[key] < 1:
             raise ValueError(f"config.train.{key} must be a positive integer, not {config.train[key]!r}.")
+    for key in ("patience", "validate_every"):
+        if (value := config.train.get(key)) is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"config.train.{key} must be a positive integer or None, not {value!r}.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"config.seed must be an integer from 0 to 2^32 - 1, not {config.seed!r}.")
+    if config.model.dtype not in DTYPES:
+        raise ValueError(f"config.model.dtype must be one of {', '.join(DTYPES)}, not {config.model.dtype!r}.")
     for key, known in (("nonfinite", NONFINITE), ("select", SELECT)):
         if config.train.get(key, known[0]) not in known:
             raise ValueError(f"config.train.{key} must be one of {', '.join(known)}, not {config.train[key]!r}.")
@@ -89,6 +116,7 @@ def settle_rate(config: ml_collections.ConfigDict, given: Collection[str]) -> No
             config.optimizer[key] = None
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 NONFINITE = ("stop", "skip")  # what to do about a loss that isn't finite: config.train.nonfinite
 SELECT = ("heldout", "scored", "last")  # by what the validation is chosen whose adapter is kept and tested: config.train.select
 

@@ -17,19 +17,20 @@ import grain
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from jax.sharding import NamedSharding
 
 from experiments import data, loop, metrics, processes, reasoning
 from experiments.build import Experiment, build
 from experiments.checkpoint import Checkpoints
+from experiments.command import run_command
 from experiments.config import parse_mesh
 from experiments.logger import quiet
 from experiments.optimizer import make_optimizer, options_of
 from experiments.step import make_outputs
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.tasks.math import NEW_TOKENS
-from experiments.workdir import local, write_json
+from experiments.workdir import changes, local, read_config, write_json
 from gpart_jax import load_adapter, sharding
 from gpart_jax.methods import Method, chain, from_spec, trained_numbers
 from gpart_jax.models.vocabulary import load_vocabulary
@@ -97,12 +98,15 @@ def main(_):
     workdir, benchmark = local(flags.FLAGS.workdir), flags.FLAGS.benchmark
     if not (workdir / "config.json").is_file():
         raise app.UsageError(f"{workdir} holds no run (no config.json). Train there first.")
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    config = read_config(workdir)
     processes.cache_programs(config.train.get("compiled"))
     if benchmark and task_kind(config.task.name) != LANGUAGE:
         raise app.UsageError(f"--benchmark is for decoders, but {workdir} is a run of {config.task.name}.")
     mesh = _mesh(config)
     experiment = build(config, mesh)
+    origin = experiment.origin(() if benchmark else (flags.FLAGS.split,))
+    for change in changes(workdir, origin):
+        logging.warning("The run in %s began with another: %s.", workdir, change)
     method, trainable = (chain(), {}) if flags.FLAGS.base else _trained(config, workdir, experiment)
     if benchmark:
         shardings = sharding.param_shardings(experiment.params, mesh, experiment.rules)
@@ -112,7 +116,8 @@ def main(_):
             out_shardings=shardings, donate_argnums=1,  # the base's memory becomes the adapted model's
         )  # fmt: skip
         adapted = adapt(*arguments)
-        _answer(config, experiment._replace(params=None), adapted, trainable, mesh, workdir, benchmark)
+        weights = origin["model's weights"]
+        _answer(config, experiment._replace(params=None), adapted, trainable, weights, mesh, workdir, benchmark)
     else:
         _score(config, experiment.task, outputs_of(experiment, method, trainable, mesh), mesh, flags.FLAGS.split)
 
@@ -161,7 +166,9 @@ def _score(config, task: data.Task, outputs: Callable, mesh, split: str) -> None
             _say(f"  {label}: {value:.4f}")
 
 
-def _answer(config, experiment: Experiment, params, trainable, mesh, workdir: pathlib.Path, benchmark: str) -> None:
+def _answer(
+    config, experiment: Experiment, params, trainable, weights: str, mesh, workdir: pathlib.Path, benchmark: str
+) -> None:
     base, vocab_size = flags.FLAGS.base, experiment.model.config.vocab_size
     vocabulary = load_vocabulary(config.model.source, vocab_size)
     limit = flags.FLAGS.limit
@@ -177,7 +184,10 @@ def _answer(config, experiment: Experiment, params, trainable, mesh, workdir: pa
     folder = workdir / (f"{benchmark}-base" if base else benchmark)
     rows = reasoning.answer_all(
         experiment.model, params, mesh, vocabulary, benchmark, examples, folder,
-        settings={"model": config.model.source, "dtype": config.model.dtype, "adapter": None if base else digest},
+        settings={
+            "model": config.model.source, "dtype": config.model.dtype, "adapter": None if base else digest, "weights": weights,
+            "tokenizer": hashlib.sha256(vocabulary.tokenizer.to_str().encode()).hexdigest()[:16],
+        },
         batch_size=flags.FLAGS.batch, max_new_tokens=flags.FLAGS.max_new_tokens or NEW_TOKENS[benchmark], say=_say,
     )  # fmt: skip
     share, low, high = reasoning.accuracy(rows)
@@ -208,4 +218,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("limit", None, "Of a benchmark: only the first so many problems.", lower_bound=1)
     flags.DEFINE_integer("batch", 16, "Of a benchmark: how many problems are answered at a time.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", None, "Of a benchmark: of each answer; none: the recipe's.", lower_bound=1)
-    app.run(main)
+    run_command(main)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from experiments.data import Task
 
@@ -80,19 +80,47 @@ def prepare(example: dict, size: int) -> np.ndarray:
 
 
 def decode(example: dict) -> Image.Image:
-    """The image in RGB, grey ones too.
+    """The image in RGB, upright as its EXIF has it: grey ones too, of more than eight bits scaled, of several frames the first.
+
+    What is transparent has the colour that is stored there, as in torchvision. Floats are of 0 to 1, or else of 0 to 255.
 
     Raises:
-      ValueError: it can't be decoded; the message names the record.
+      ValueError: it can't be decoded, or nothing says what is white in it; the message names the record.
     """
     stored = example["image"]
     try:
-        image = Image.fromarray(stored) if isinstance(stored, np.ndarray) else Image.open(io.BytesIO(stored))
-        return image.convert("RGB")
+        if isinstance(stored, np.ndarray):
+            image, white = Image.fromarray(stored), 2**16 - 1
+        else:
+            image = Image.open(io.BytesIO(stored))
+            image, white = ImageOps.exif_transpose(image), _white(image)
+        if image.mode.startswith(("I", "F")):
+            image = _in_eight_bits(image, white)
+        return image.convert("RGBA" if "transparency" in image.info else image.mode).convert("RGB")
     except Exception as error:  # Pillow has a type for each kind of damage
         raise ValueError(
             f"{example['id']}: the image can't be decoded ({error}). Replace this record or prepare the data again."
         ) from error
+
+
+def _white(image: Image.Image) -> int | None:
+    """The number that is white in an opened image of integers of more than eight bits; None: nothing says it."""
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        return None
+    bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] if image.format == "TIFF" else 16
+    return 2**bits - 1
+
+
+def _in_eight_bits(image: Image.Image, white: int | None) -> Image.Image:
+    """A grey image of integers or floats, whose `convert` would cut them off at 255."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        if not (values.min() >= 0 and values.max() <= 255):  # nan neither
+            raise ValueError(f"its floats are from {values.min():g} to {values.max():g}, not 0 to 1 or 0 to 255")
+        white = 1 if values.max() <= 1 else 255
+    if white is None:
+        raise ValueError("it has 32-bit integers, and nothing says which of them is white: save it with 8 or 16 bits")
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
 def collate(examples: list[dict], size: int) -> dict[str, np.ndarray]:

@@ -8,18 +8,18 @@ and run again. It prints each run, and leaves curve.json and curve.png. The metr
 """
 
 import copy
-import json
 import pathlib
 import statistics
 from collections.abc import Callable
 
 import matplotlib
 import ml_collections
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from configs import common
 from experiments.build import build
+from experiments.command import run_command
 from experiments.config import from_flags, settle_rate
 from experiments.logger import quiet
 from experiments.sweep import parse_seeds
@@ -157,4 +157,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("seeds", "1", "How many, or which: 3, or 42,43.")
     flags.DEFINE_float("step", 2.56, "The length of GPart's steps in weight space, for every d.", lower_bound=0)
     flags.DEFINE_float("full_lr", 1e-4, "Full fine-tuning's rate.", lower_bound=0)
-    app.run(main)
+    run_command(main)

@@ -5,6 +5,7 @@ A writer is made as `writer(workdir, title, step)`, for a run that goes on after
 """
 
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -16,6 +17,7 @@ import rich.progress
 from absl import flags, logging
 
 from experiments.processes import is_writer
+from experiments.workdir import read_json, read_lines
 
 
 def quiet() -> None:
@@ -55,7 +57,7 @@ class WandB:
         own = workdir / "wandb-id.txt"
         if not own.exists():
             own.write_text(secrets.token_hex(4))
-        config = json.loads((workdir / "config.json").read_text())
+        config = read_json(workdir / "config.json")
         self._run = wandb.init(dir=str(workdir), id=own.read_text(), name=str(workdir), resume="allow", config=config)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -93,10 +95,8 @@ class Logger:
         path = workdir / "metrics.jsonl" if mine else pathlib.Path(os.devnull)
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("\n") and _before(json.loads(line), step):  # a killed run may leave half a line
-                    kept.append(line)
-        path.write_text("".join(kept))
+            kept = [row for row in read_lines(path) if _before(row, step)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._lines = path.open("a", buffering=1)
         self._writers = [WRITERS[name](workdir, title, step) for name in writers] if mine else []
         self.console = rich.console.Console(highlight=False, quiet=not (mine and show))
@@ -143,4 +143,5 @@ class Logger:
 
 
 def _before(row: dict, step: int) -> bool:
-    return row["step"] < step or (row["step"] == step and not any(name.startswith("validation") for name in row))
+    at = row.get("step", math.inf)
+    return at < step or (at == step and not any(name.startswith("validation") for name in row))

@@ -1,7 +1,6 @@
 """Pictures of finished runs, from what lies on disk. report.py finds the runs and has them drawn."""
 
 import collections
-import json
 import pathlib
 import shutil
 import statistics
@@ -18,6 +17,7 @@ from scipy.special import softmax  # noqa: E402
 from scipy.stats import norm  # noqa: E402
 
 from experiments.report import UNITS, shown  # noqa: E402
+from experiments.workdir import read_json, read_lines  # noqa: E402
 from gpart_jax.methods import METHODS, SIZES  # noqa: E402
 
 # Methods take colours in alphabetical order, and those of a user's own begin again; grey is the model without any.
@@ -202,8 +202,8 @@ def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
     """Draws training losses, accuracy against size, and of the first run each test word's rating against its logit."""
     runs = [
         (
-            json.loads((workdir / "results.json").read_text()),
-            [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()],
+            read_json(workdir / "results.json"),
+            read_lines(workdir / "metrics.jsonl"),
         )
         for workdir in workdirs
     ]
@@ -232,7 +232,7 @@ def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
 
 
 def _draw_words(axes, workdir: pathlib.Path, results: dict) -> None:
-    rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    rows = read_lines(workdir / "predictions.jsonl")
     rating = np.array([row["rating"] for row in rows])
     margin = np.array([row["logits"][1] - row["logits"][0] for row in rows])
     right = np.array([row["label"] == row["prediction"] for row in rows])

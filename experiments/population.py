@@ -8,7 +8,6 @@ the members, who are divided over the devices: nothing is communicated between t
 """
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -27,7 +26,7 @@ from experiments.processes import cache_programs
 from experiments.step import make_loss, make_outputs, take_step
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.train import finish
-from experiments.workdir import claim_workdir, clear_disk_errors
+from experiments.workdir import claim_workdir, clear_disk_errors, keep_origin, read_json
 from gpart_jax import sharding
 from gpart_jax.methods import Method, from_spec
 from gpart_jax.targets import named_leaves, replace_leaves
@@ -72,7 +71,7 @@ def train_population(
         open_ = [pair for pair in zip(configs, workdirs) if not (pair[1] / "results.json").exists()]
         if open_:
             _train(*zip(*open_), devices)
-    return [json.loads((workdir / "results.json").read_text()) for workdir in workdirs]
+    return [read_json(workdir / "results.json") for workdir in workdirs]
 
 
 def _train(configs, workdirs, devices) -> None:
@@ -81,7 +80,10 @@ def _train(configs, workdirs, devices) -> None:
     used = max(n for n in range(1, len(devices) + 1) if count % n == 0)
     mesh = sharding.make_mesh({"data": used}, devices[:used])
     methods = [from_spec(member.method.to_dict(), member.head_targets) for member in configs]
-    experiments = _share([build(member) for member in configs], methods)
+    built = [build(member) for member in configs]
+    for workdir, experiment in zip(workdirs, built):
+        keep_origin(workdir, experiment.origin())
+    experiments = _share(built, methods)
     schedule = loop.Schedule.from_options(config.train, experiments[0].task)
     options = [options_of(*of_member) for of_member in zip(configs, methods, (one.params for one in experiments))]
     members = [

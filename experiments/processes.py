@@ -24,9 +24,9 @@ def cache_programs(folder: str | None) -> None:
       folder: config.train.compiled: "" for none; None for $JAX_COMPILATION_CACHE_DIR, or ~/.cache/gpart_jax/compiled.
     """
     if folder is None and jax.config.jax_compilation_cache_dir is None:
-        folder = os.path.expanduser("~/.cache/gpart_jax/compiled")
+        folder = "~/.cache/gpart_jax/compiled"
     if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", folder or None)
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
 
 
 def join(timeout: float = 300) -> None:

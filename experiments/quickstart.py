@@ -5,21 +5,21 @@
 Stop it at any time and run it again: finished runs are kept, and an unfinished one goes on.
 """
 
-import pathlib
-
-from absl import app, flags
+from absl import flags
 
 from configs import quickstart
 from experiments import plots, report
+from experiments.command import run_command
 from experiments.logger import quiet
 from experiments.train import train
+from experiments.workdir import local
 
 METHODS = ("gpart", "lora", "head")
 
 
 def main(_):
     quiet()
-    workdir = pathlib.Path(flags.FLAGS.workdir)
+    workdir = local(flags.FLAGS.workdir)
     results = [train(quickstart.get_config(method), workdir / method) for method in METHODS]
     report.print_table(results)
     picture = workdir / "quickstart.png"
@@ -29,4 +29,4 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/quickstart", "Directory for the three runs and the picture.")
-    app.run(main)
+    run_command(main)

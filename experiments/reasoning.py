@@ -11,15 +11,16 @@ from collections.abc import Callable
 import jax
 from scipy.stats import binomtest
 
-from experiments.answers import RULES
+from experiments.answers import RULES, Rule
 from experiments.processes import barrier, is_writer
 from experiments.tasks import math
-from experiments.workdir import write_json
+from experiments.workdir import read_json, write_json
 from gpart_jax.models.decoder import Decoder
 from gpart_jax.models.generate import generate_each
 from gpart_jax.models.vocabulary import Vocabulary
 
 BENCHMARKS = {"gsm8k": "gsm8k", "math": "math", "problems": "gsm8k"}  # and whose rule of answers it has
+LATER = ("weights", "tokenizer")  # settings that an earlier version didn't write
 
 
 def load_benchmark(name: str, data_dir: str | None, limit: int | None, seed: int) -> list[dict]:
@@ -76,7 +77,7 @@ def answer_all(
     folder.mkdir(parents=True, exist_ok=True)
     barrier("settings")
     if (folder / "settings.json").is_file():
-        known = json.loads((folder / "settings.json").read_text())
+        known = {name: settings[name] for name in LATER if name in settings} | read_json(folder / "settings.json")
         known.pop("prompts", None)  # of all problems together, in an earlier version
         if different := sorted(
             name for name in known.keys() | settings.keys() if known.get(name) != settings.get(name)
@@ -86,12 +87,18 @@ def answer_all(
             )
     elif is_writer():
         write_json(folder / "settings.json", settings)
-    prompts = {example["idx"]: example["prompt"] for example in examples}
-    rows = [row for row in _read(folder / "predictions.jsonl") if row["idx"] in prompts]
-    if changed := [row["idx"] for row in rows if row["prompt"] != prompts[row["idx"]]]:
-        raise ValueError(f"{folder} holds answers to other problems, such as number {changed[0]}. Move it away.")
-    rule, done = RULES[BENCHMARKS[benchmark]], {row["idx"] for row in rows}
+    asked = {example["idx"]: example for example in examples}
+    rule, kept = RULES[BENCHMARKS[benchmark]], _read(folder / "predictions.jsonl")
+    for row in kept:
+        example = asked.get(row["idx"])
+        if example and (row["prompt"], row["right"]) != (example["prompt"], example["answer"]):
+            raise ValueError(f"{folder} holds answers to other problems, such as number {row['idx']}. Move it away.")
+    judged = [row | _verdict(rule, row["completion"], row["right"]) for row in kept]  # an earlier version had other rules
+    rows = [row for row in judged if row["idx"] in asked]
+    done = {row["idx"] for row in rows}
     barrier("answers")  # all have read what is there before one writes
+    if judged != kept and is_writer():
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged), encoding="utf-8")
     left = [example for example in examples if example["idx"] not in done]
     left.sort(key=lambda example: len(example["input_ids"]))  # those that are read together are padded little
     if rows:
@@ -106,33 +113,38 @@ def answer_all(
     with (folder / "predictions.jsonl" if is_writer() else pathlib.Path(os.devnull)).open("a", buffering=1) as file:
         for number, continuation in answers:
             example, text = left[number], math.completion(decode(continuation.ids))
-            answer = rule.answer(text)
-            rows.append(
-                {
-                    "idx": example["idx"],
-                    "prompt": example["prompt"],
-                    "completion": text,
-                    "ended": continuation.ended,
-                    "answer": answer,
-                    "right": example["answer"],
-                    "correct": answer is not None and rule.equal(answer, example["answer"]),
-                }
-            )
+            known = {"idx": example["idx"], "prompt": example["prompt"], "completion": text, "ended": continuation.ended}
+            rows.append(known | _verdict(rule, text, example["answer"]))
             file.write(json.dumps(rows[-1]) + "\n")
             if not len(rows) % batch_size or len(rows) == len(examples):
                 say(f"[{len(rows)}/{len(examples)}] {sum(row['correct'] for row in rows)} correct so far")
     return rows
 
 
+def _verdict(rule: Rule, completion: str, right: str) -> dict:
+    answer = rule.answer(completion)
+    return {"answer": answer, "right": right, "correct": answer is not None and rule.equal(answer, right)}
+
+
 def _read(path: pathlib.Path) -> list[dict]:
-    """The whole lines of a file; a last one that was cut as it was written is dropped, from the file too."""
+    """The whole lines of a file; a last one that was cut as it was written is dropped, from the file too.
+
+    Raises:
+      ValueError: a line that holds no answer.
+    """
     if not path.is_file():
         return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        rows = [json.loads(line) for line in whole.split("\n") if line]
+        if not all(isinstance(row["idx"], int) and isinstance(row[key], str) for row in rows for key in ("prompt", "completion", "right")):
+            raise ValueError("a line lacks a problem or its answer")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Move its folder away to answer all problems again.") from error
     if whole != text and is_writer():
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+        path.write_text(whole, encoding="utf-8")
+    return rows
 
 
 def accuracy(rows: list[dict]) -> tuple[float, float, float]:

@@ -13,13 +13,21 @@ from typing import NamedTuple
 
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import flags
 
+from experiments.command import run_command
 from experiments.config import OPERATIONAL, flatten
+from experiments.workdir import MEND, local, read_json
+from gpart_jax.files import find
 from gpart_jax.methods import SIZES
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 UNITS = {"loss": " (nats a token)"}  # of metrics that aren't shares
+RESULTS = {  # what tables need of results.json, and of which type it is
+    "method": str, "task": str, "metric": str, "seed": int, "test": int | float, "trained_numbers": int,
+    "adapter_bytes": int | None, "test_by_class": dict,
+}  # fmt: skip
+CONFIG = {"model.source": str | None, "method.name": str}
 FREE = {"seed", "method.seed", *OPERATIONAL}  # what the runs of one cell may differ in
 
 
@@ -44,15 +52,30 @@ def find_runs(workdir: pathlib.Path) -> list[Run]:
     """All finished runs in a folder and the folders below.
 
     Raises:
-      FileNotFoundError: there are none.
+      FileNotFoundError: there are none, or one has no config.json.
+      ValueError: a file is damaged.
     """
     runs = []
-    for path in sorted(workdir.rglob("results.json")):
-        config = flatten(json.loads((path.parent / "config.json").read_text()))
-        runs.append(Run(path.parent, config, json.loads(path.read_text())))
+    for path in find(workdir, "results.json"):
+        runs.append(Run(path.parent, flatten(read_json(path.parent / "config.json")), read_json(path)))
     if not runs:
         raise FileNotFoundError(f"There is no finished run (no results.json) in {workdir}. Train there first.")
     return runs
+
+
+def check(runs: list[Run]) -> None:
+    """Raises a ValueError if a run's files lack what tables need of them."""
+    for workdir, config, results in runs:
+        _check(workdir / "config.json", config, CONFIG)
+        if size := SIZES.get(config["method.name"]):
+            _check(workdir / "config.json", config, {f"method.{size}": int})
+        _check(workdir / "results.json", {"test_by_class": {}} | results, RESULTS)
+
+
+def _check(path: pathlib.Path, found: dict, needed: dict) -> None:
+    for key, kind in needed.items():
+        if key not in found or not isinstance(found[key], kind):
+            raise ValueError(f"{path} is damaged: {key} is {found.get(key, 'missing')!r}. {MEND}")
 
 
 def shown(metric: str, value: float) -> float:
@@ -98,7 +121,12 @@ def rows(runs: list[Run]) -> list[Row]:
 
 
 def by_model(runs: list[Run]) -> dict[str, list[Row]]:
-    """The rows of each model."""
+    """The rows of each model.
+
+    Raises:
+      ValueError: as `check` and `rows`.
+    """
+    check(runs)
     models = collections.defaultdict(list)
     for run in runs:
         models[run.config["model.source"] or "trained from nothing"].append(run)
@@ -213,9 +241,10 @@ def _order(value) -> tuple:
     return (0, value) if isinstance(value, int | float) else (1, str(value))
 
 
-def _range(values: list[int]) -> str:
+def _range(values: list[int | None]) -> str:
     """A head's outputs, and with them the trained numbers, differ from task to task."""
-    return "–".join(f"{value:,}" for value in sorted({min(values), max(values)}))
+    known = [value for value in values if value is not None]  # a run that isn't finished has no adapter
+    return "–".join(f"{value:,}" for value in sorted({min(known), max(known)})) if known else ""
 
 
 def _cell(group: list[Run]) -> str:
@@ -272,14 +301,14 @@ def write(runs: list[Run], out: pathlib.Path) -> None:
 
 
 def main(_):
-    runs = find_runs(pathlib.Path(flags.FLAGS.workdir))
+    runs = find_runs(local(flags.FLAGS.workdir))
     print(markdown(runs))
     if flags.FLAGS.out:
-        write(runs, pathlib.Path(flags.FLAGS.out))
+        write(runs, local(flags.FLAGS.out))
         print(f"Tables and pictures: {flags.FLAGS.out}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder that holds the folders of finished runs.", required=True)
     flags.DEFINE_string("out", None, "Folder for the tables and pictures; none are written without it.")
-    app.run(main)
+    run_command(main)

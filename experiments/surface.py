@@ -8,25 +8,25 @@ are distances in weight space. With a method that is linear in what it trains, a
 axes; with others, as LoRA, whose two factors are multiplied, at the edge only, and the axes say so.
 """
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import rich.progress
-from absl import app, flags
+from absl import app, flags, logging
 from jax.flatten_util import ravel_pytree
 from matplotlib import pyplot as plt
 
 from experiments import report
 from experiments.build import build
+from experiments.command import run_command
 from experiments.logger import quiet
 from experiments.plots import color_of
 from experiments.step import make_loss
+from experiments.workdir import changes, local, read_config
 from gpart_jax import load_adapter
 from gpart_jax.targets import named_leaves
 
@@ -146,8 +146,12 @@ def surfaces(runs: list[report.Run], radius: float | None, points: int, examples
     if len({_experiment(run) for run in runs}) > 1:
         folders = " and ".join(str(run.workdir) for run in runs)
         raise ValueError(f"{folders} are of different models or tasks: their losses can't be compared.")
-    config = json.loads((runs[0].workdir / "config.json").read_text())
-    model, params, task, *_ = build(ml_collections.ConfigDict(config))
+    experiment = build(read_config(runs[0].workdir))
+    model, params, task, *_ = experiment
+    origin = experiment.origin(("test",))
+    for run in runs:
+        for change in changes(run.workdir, origin):
+            logging.warning("The run in %s began with another: %s.", run.workdir, change)
     chosen = np.linspace(0, len(task.test) - 1, min(examples, len(task.test))).astype(int)
     batch = task.collate([task.test[row] for row in chosen])
     radius = radius or moved(params, runs[0].workdir / "adapter.safetensors")
@@ -181,14 +185,15 @@ def draw(radius: float, found: list[Surface], path: pathlib.Path) -> None:
 
 def main(_):
     quiet()
-    runs = [run for folder in flags.FLAGS.runs for run in report.find_runs(pathlib.Path(folder))]
+    runs = [run for folder in flags.FLAGS.runs for run in report.find_runs(local(folder))]
+    report.check(runs)
     if len(flags.FLAGS.runs) == 1:
         runs = choose(runs)
     if len(runs) != 2:
         raise app.UsageError(
             f"--runs takes two finished runs, or one folder to choose them from, not {len(runs)} runs."
         )
-    draw(*surfaces(runs, flags.FLAGS.radius, flags.FLAGS.points, flags.FLAGS.examples), pathlib.Path(flags.FLAGS.out))
+    draw(*surfaces(runs, flags.FLAGS.radius, flags.FLAGS.points, flags.FLAGS.examples), local(flags.FLAGS.out))
 
 
 if __name__ == "__main__":
@@ -197,4 +202,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("radius", None, "Half the planes' width, in weight space; else as far as the first run moved.")
     flags.DEFINE_integer("points", 21, "Along each side of the grid.", lower_bound=2)
     flags.DEFINE_integer("examples", 256, "How many test examples the loss is the mean of.", lower_bound=1)
-    app.run(main)
+    run_command(main)

@@ -22,10 +22,11 @@ import sys
 import zlib
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from experiments import report
+from experiments.command import run_command
 from experiments.config import flatten, from_flags, settle_rate
 from experiments.logger import quiet
 from experiments.workdir import local
@@ -180,4 +181,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "population", 1, "Runs that differ in seeds or rates alone and are trained as one program.", lower_bound=1
     )
-    app.run(main)
+    run_command(main)

@@ -4,7 +4,7 @@
 
 Several processes, each with the variables of experiments/processes.py set, make one run: see launch/.
 
-The workdir then holds: config.json; checkpoints/ (what is trained, its optimizer, the data position, the RNG; never the
+The workdir then holds: config.json; origin.json (what its data and model were); checkpoints/ (what is trained, its optimizer, the data position, the RNG; never the
 frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best epoch); results.json; predictions.jsonl;
 of images mistakes.png; with config.train.export the adapted model, whole.
 """
@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from experiments import data, loop, metrics, processes
 from experiments.build import Experiment, build
+from experiments.command import run_command
 from experiments.config import check_config, from_flags
 from experiments.evaluate import predict
 from experiments.flops import matmul_flops
@@ -31,7 +32,7 @@ from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer, options_of
 from experiments.processes import barrier, is_writer
 from experiments.step import make_loss, make_outputs, make_train_step, trained_shardings
-from experiments.workdir import claim_workdir, clear_disk_errors, local, write_json
+from experiments.workdir import claim_workdir, clear_disk_errors, keep_origin, local, read_json, read_lines, write_json
 from gpart_jax import base_norm, load_adapter, save_adapter, sharding
 from gpart_jax.interop import huggingface
 from gpart_jax.methods import Method, from_spec, trained_numbers
@@ -49,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
       The results, as written to `workdir/results.json`.
 
     Raises:
-      ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config, or is in use.
+      ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config, other data or another model, or is in use.
       FloatingPointError: the loss or its gradient is no longer finite, unless config.train.nonfinite is "skip".
       OSError: the disk is full, or the workdir can't be written to.
       SystemExit: after a checkpoint was saved because of SIGTERM (code 143) or Ctrl-C (130).
@@ -67,9 +68,10 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
     barrier("claim_workdir")
     if (workdir / "results.json").exists():
         print(f"{workdir} is finished; see its results.json.")
-        return json.loads((workdir / "results.json").read_text())
+        return read_json(workdir / "results.json")
 
     experiment = build(config, mesh)
+    keep_origin(workdir, experiment.origin())
     task, schedule = experiment.task, loop.Schedule.from_options(config.train, experiment.task)
     options = options_of(config, method, experiment.params)
     optimizer = make_optimizer(schedule.total, **options)
@@ -85,7 +87,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
         finish(member, method, schedule, step, lambda *arguments: engine.score(number, *arguments, poll), logger, mesh)
 
     loop.run([member], engine, schedule, finish_member, config.method.name)
-    return json.loads((workdir / "results.json").read_text())
+    return read_json(workdir / "results.json")
 
 
 class Alone:
@@ -170,7 +172,7 @@ def finish(
         barrier("results")
         return
     write_predictions(workdir / "predictions.jsonl", task, task.test, logits)
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(workdir / "metrics.jsonl")
     more |= {"test_by_class": metrics.by_class(task, task.test, logits)} if task.labels else {}
     if task.augment:
         from experiments.plots import draw_mistakes  # here, because Matplotlib is a fifth of a run's start
@@ -237,4 +239,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to train: a file of configs/.")
     flags.DEFINE_string("workdir", None, "Directory for everything that the run writes.", required=True)
     flags.DEFINE_float("join_timeout", 300, "Seconds in which all processes of a run must come.", lower_bound=1)
-    app.run(main)
+    run_command(main)

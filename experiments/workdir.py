@@ -13,8 +13,10 @@ import typing
 import ml_collections
 from absl import app, logging
 
-from experiments.config import identity
-from experiments.processes import is_writer
+from experiments.config import check_config, identity
+from experiments.processes import barrier, is_writer
+
+MEND = "Bring it back, or move that run's folder away."
 
 
 def local(path: str) -> pathlib.Path:
@@ -64,7 +66,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} has checkpoints but no config.json to say whose. Choose another workdir.")
-    here, there = identity(config), identity(ml_collections.ConfigDict(json.loads(path.read_text())))
+    here, there = identity(config), identity(read_json(path))
     differences = [
         f"config.{key} is {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
@@ -75,6 +77,34 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
             f"{workdir} holds another experiment: {'; '.join(differences)}. "
             f"Choose another workdir, or give the same config to go on with that run."
         )
+
+
+def keep_origin(workdir: pathlib.Path, origin: dict[str, str]) -> None:
+    """Writes down what a run begins with (`Experiment.origin`), or checks that it goes on with the same. All processes call it.
+
+    A run of a version that wrote down nothing goes on, and has it from then on.
+
+    Raises:
+      ValueError: its data or its model are others now, or other processes have others; nothing is touched.
+    """
+    path = workdir / "origin.json"
+    if is_writer() and not (_has_saved(workdir) and path.exists()):
+        write_json(path, origin)
+    barrier("origin")
+    if changed := changes(workdir, origin):
+        raise ValueError(
+            f"{workdir} holds a run that began with other data or another model: {'; '.join(changed)}. "
+            f"Bring back what it began with, or choose another workdir."
+        )
+
+
+def changes(workdir: pathlib.Path, origin: dict[str, str]) -> list[str]:
+    """In what `origin` differs from what the run in `workdir` began with, as far as both tell."""
+    path = workdir / "origin.json"
+    known = read_json(path) if path.exists() else {}
+    return [
+        f"{name}: {known[name]} there, {origin[name]} here" for name in origin if known.get(name, origin[name]) != origin[name]
+    ]
 
 
 def _has_saved(workdir: pathlib.Path) -> bool:
@@ -95,6 +125,55 @@ def _lock(lock: typing.TextIO, workdir: pathlib.Path) -> None:
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """The JSON object in a file of a run.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. Is this the folder of a run? Train there first.")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {MEND}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object. {MEND}")
+    return found
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+    """The JSON object in each line of a file of a run; a last line that was cut as it was written is left out.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {MEND}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is damaged: a line holds no JSON object. {MEND}")
+    return rows
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config of the run in a folder.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is damaged.
+    """
+    path = workdir / "config.json"
+    found = read_json(path)
+    try:
+        config = ml_collections.ConfigDict(found)
+        check_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error} {MEND}") from error
+    return config
 
 
 def write_json(path: pathlib.Path, content) -> None:

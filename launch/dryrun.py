@@ -19,6 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.abstract import NEW_TOKENS, PARTS, Step, describe, device_bytes, model_flops
+from experiments.command import run_command
 from experiments.config import from_flags, parse_mesh
 from experiments.flops import matmul_flops
 from experiments.logger import quiet
@@ -149,4 +150,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("chip", None, list(CHIPS), "Which chip; none: say of each whether it has the memory.")
     flags.DEFINE_list("parts", None, f"Some of {', '.join(PARTS)}; none: all that the model has.")
     flags.DEFINE_integer("length", None, "Tokens of every text; none: config.task.max_length.", lower_bound=2)
-    app.run(main)
+    run_command(main)

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+from gpart_jax.commands import clear_errors
+
 PREEMPTED = 143  # experiments.train's exit code after it saved on SIGTERM
 
 
@@ -77,4 +79,5 @@ def run_once(processes: int, devices: int, module: list[str], stopping: list) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with clear_errors():
+        sys.exit(main())

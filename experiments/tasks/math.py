@@ -18,6 +18,7 @@ from experiments.answers import boxed
 from experiments.data import Task
 from experiments.tasks.prepared import open_prepared
 from experiments.text import language_task
+from gpart_jax.files import find
 from gpart_jax.models.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 TRAINING_DATA = ("metamathqa", "gsm8k", "problems")
 PROMPT = "Question: {question}\nAnswer:"
 TRAINING = PROMPT + " {response}"
-STOP = ("Question",)  # a new one: the answer is over
+STOP = ("\nQuestion:",)  # a new one: the answer is over
+NEW_QUESTION = re.compile(r"(?:^|\n)[ \t*_#]*Question(?: \d+)?[ *_]*:")
 NEW_TOKENS = {"gsm8k": 1024, "math": 2048, "problems": 256}  # at most
 METAMATH_FILE = "MetaMathQA-395K.json"  # in its hub data set
 
@@ -117,10 +119,9 @@ def _tokens(vocabulary: Vocabulary, texts: list[str]) -> list[list[int]]:
 
 
 def completion(text: str) -> str:
-    """What a model wrote after a prompt, up to the next question."""
-    for stop in STOP:
-        text = text.partition(stop)[0]
-    return text
+    """What a model wrote after a prompt, up to the line on which it begins a new question."""
+    found = NEW_QUESTION.search(text)
+    return text[: found.start()] if found else text
 
 
 def read_gsm8k(split: str, data_dir: str | None = None) -> list[dict]:
@@ -170,7 +171,7 @@ def read_metamathqa(source: str | os.PathLike) -> list[dict]:
       FileNotFoundError: there is no such file or data set.
       ValueError: a damaged file, or a record without a query or a response.
     """
-    path = pathlib.Path(source)
+    path = pathlib.Path(source).expanduser()
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not path.suffix:
         path = _from_hub(str(source))
     return [
@@ -187,7 +188,7 @@ def read_math(source: str | os.PathLike) -> list[dict]:
       ValueError: a damaged file, or a record without a problem or a boxed answer in its solution.
     """
     examples = []
-    for idx, (where, row) in enumerate(_records(pathlib.Path(source), ("problem", "solution"))):
+    for idx, (where, row) in enumerate(_records(pathlib.Path(source).expanduser(), ("problem", "solution"))):
         answer = boxed(row["solution"])
         if not answer:
             raise ValueError(f"{where}: the solution holds no \\boxed{{answer}}. Correct or remove this problem.")
@@ -214,7 +215,7 @@ def _records(path: pathlib.Path, fields: tuple[str, ...]) -> list[tuple[str, dic
         raise FileNotFoundError(
             f"There is no {path}. Give the path of the data set's JSON file, or of the folder that holds it."
         )
-    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    files = find(path, "*.json") if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"{path} holds no JSON files. Give the folder with one for each problem.")
     records = []
@@ -225,7 +226,7 @@ def _records(path: pathlib.Path, fields: tuple[str, ...]) -> list[tuple[str, dic
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             else:
                 rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged or not JSON ({error}). Download or copy it again.") from error
         rows = rows if isinstance(rows, list) else [rows]
         records += [(f"{file}, record {number}", row) for number, row in enumerate(rows)]

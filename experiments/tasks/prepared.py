@@ -1,6 +1,7 @@
 """A data set as TFDS prepared it, without TensorFlow; or the command that prepares it."""
 
 import importlib
+import os
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
@@ -24,6 +25,7 @@ def open_prepared(name: str, data_dir: str | None, module: str = "") -> Prepared
     """
     if module:
         importlib.import_module(module)
+    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     root = builder.data_path.parents[name.count("/") + 1]
     modules = ", ".join(["tensorflow_datasets as tfds", *filter(None, [module])])

@@ -4,6 +4,10 @@ Most come through TFDS, whose name and splits are an entry of TFDS_SPLITS: to ad
 validation split, `holdout` of the training examples choose the epoch.
 """
 
+import collections
+import itertools
+import logging
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,6 +19,9 @@ import tensorflow_datasets as tfds
 from experiments.data import Task
 from experiments.images import image_task
 from experiments.tasks.prepared import open_prepared
+from gpart_jax import files
+
+logger = logging.getLogger(__name__)
 
 
 class Splits(NamedTuple):
@@ -38,7 +45,12 @@ TFDS_SPLITS = {
     "dtd": Splits("dtd", "train", "validation", "test"),  # the first of its ten divisions
     "fashion_mnist": Splits("fashion_mnist", "train", None, "test"),
 }
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif")  # torchvision's, and two
+FOLDERS = {  # what people call the folder of a split, as Hugging Face's datasets knows it
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 class Images(Sequence):
@@ -210,41 +222,92 @@ def _from_aircraft(name: str, data_dir: str | None):
     root = _folder(name, data_dir)
     root = root / "data" if (root / "data").is_dir() else root
     labels = _lines(root / "variants.txt")
+    stored = {files.same(path.name): path for path in (root / "images").glob("*.jpg")}
 
     def part(split: str) -> Part:
         listed = [line.split(" ", 1) for line in _lines(root / f"images_variant_{split}.txt")]
         for number, (image, *variant) in enumerate(listed, 1):
             if variant == [] or variant[0] not in labels:
                 raise ValueError(
-                    f"images_variant_{split}.txt, line {number}: {image} has no variant of variants.txt. Correct it."
+                    f"{root}/images_variant_{split}.txt, line {number}: {image} has no variant of variants.txt. Correct it."
                 )
-        paths, numbers = zip(*[(root / "images" / f"{image}.jpg", labels.index(variant)) for image, variant in listed])
-        return _files(split, paths, numbers, labels, root)
+        paths = [stored.get(f"{image}.jpg", root / "images" / f"{image}.jpg") for image, _ in listed]
+        return _files(split, paths, [labels.index(variant) for _, variant in listed], labels, root)
 
     return *map(part, ("train", "val", "test")), labels
 
 
 def _from_folder(name: str, data_dir: str | None):
-    """Images of one's own: train/<class>/*.jpg, test/<class>/*.jpg, and validation/<class>/*.jpg if there is one."""
-    root = _folder(name, data_dir)
-    labels = sorted(path.name for path in (root / "train").glob("*") if path.is_dir())
-    if not labels:
+    """Images of one's own: train/<class>/*.jpg, test/<class>/*.jpg, and validation/<class>/*.jpg if there is one.
+
+    As in torchvision, folders below a class belong to it. What is left out is counted in a warning.
+    """
+    root, left_out = _folder(name, data_dir), collections.defaultdict(list)
+    splits = _splits(root, left_out)
+    found = {split: _classes(folder, left_out) for split, folder in splits.items()}
+    if left_out:
+        counted = [f"{len(paths)} {why}, such as {paths[0].relative_to(root)}" for why, paths in left_out.items()]
+        logger.warning("%s: left out %s.", root, "; ".join(counted))
+    if not found.get("train"):
         raise FileNotFoundError(f"{root} has no train/<class> folders. Make one for each class, with its images.")
+    labels = sorted(found["train"])
 
     def part(split: str) -> Part:
-        other = {path.name for path in (root / split).glob("*") if path.is_dir()} - set(labels)
-        if other:
-            raise ValueError(
-                f"{root / split / sorted(other)[0]} is a class that train/ doesn't have. Add or remove it."
-            )
-        paths = [
-            sorted(p for p in (root / split / label).glob("*") if p.suffix.lower() in SUFFIXES) for label in labels
-        ]
-        numbers = np.repeat(np.arange(len(labels)), [len(found) for found in paths])
-        return _files(split, [path for found in paths for path in found], numbers, labels, root)
+        if other := found.get(split, {}).keys() - set(labels):
+            raise ValueError(f"{splits[split] / min(other)} is a class that train/ doesn't have. Add or remove it.")
+        paths = [found.get(split, {}).get(label, []) for label in labels]
+        numbers = np.repeat(np.arange(len(labels)), list(map(len, paths)))
+        return _files(split, list(itertools.chain(*paths)), numbers, labels, root)
 
-    validation = part("validation") if (root / "validation").is_dir() else None
-    return part("train"), validation, part("test"), labels
+    return part("train"), part("validation") if "validation" in found else None, part("test"), labels
+
+
+def _splits(root: pathlib.Path, left_out: dict[str, list[pathlib.Path]]) -> dict[str, pathlib.Path]:
+    """The folder of each split that is there; notes the other folders and images beside them."""
+    split_of, found = {name: split for split, names in FOLDERS.items() for name in names}, {}
+    for path in sorted(root.iterdir()):
+        split = split_of.get(path.name.lower()) if path.is_dir() else None
+        if split in found:
+            raise ValueError(f"{root} has {found[split].name}/ and {path.name}/ for one split, {split}. Keep one of them.")
+        if split:
+            found[split] = path
+        elif not files.hidden(path.name) and (path.is_dir() or path.suffix.lower() in SUFFIXES):
+            left_out["beside the splits"].append(path)
+    return found
+
+
+def _classes(folder: pathlib.Path, left_out: dict[str, list[pathlib.Path]]) -> dict[str, list[pathlib.Path]]:
+    """The images of each class in order, also of those in folders below; notes what isn't read."""
+    found = collections.defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        if files.hidden(path.name):
+            left_out["whose names begin with a dot"].append(path)
+        elif path.is_dir():
+            found[files.same(path.name)] += _images(path, left_out)
+        else:
+            left_out["beside the classes"].append(path)
+    return {label: sorted(paths, key=lambda path: [files.same(part) for part in path.parts]) for label, paths in found.items()}
+
+
+def _images(folder: pathlib.Path, left_out: dict[str, list[pathlib.Path]]) -> list[pathlib.Path]:
+    found, seen = [], set()  # a link may lead back to a folder above it
+
+    def fail(error: OSError):
+        raise error
+
+    for at, below, names in os.walk(folder, onerror=fail, followlinks=True):
+        below[:] = [] if (real := os.path.realpath(at)) in seen else below
+        for name in () if real in seen else names + [name for name in below if files.hidden(name)]:
+            path = pathlib.Path(at) / name
+            if files.hidden(name):
+                left_out["whose names begin with a dot"].append(path)
+            elif path.suffix.lower() not in SUFFIXES:
+                left_out["without the ending of an image"].append(path)
+            else:
+                found.append(path)
+        below[:] = [name for name in below if not files.hidden(name)]
+        seen.add(real)
+    return found
 
 
 def _files(
@@ -268,15 +331,20 @@ def _files(
 
 
 def _folder(name: str, data_dir: str | None) -> pathlib.Path:
-    if data_dir is None or not pathlib.Path(data_dir).is_dir():
+    folder = None if data_dir is None else pathlib.Path(data_dir).expanduser()
+    if folder is None or not folder.is_dir():
         raise FileNotFoundError(f"{name} is read from a folder: set --config.task.data_dir to it, not to {data_dir!r}.")
-    return pathlib.Path(data_dir)
+    return folder
 
 
 def _lines(path: pathlib.Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Unpack the published archive again.")
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Unpack the published archive again.") from error
+    return [files.same(line.strip()) for line in text.splitlines() if line.strip()]
 
 
 SOURCES = dict.fromkeys(TFDS_SPLITS, _from_tfds) | {

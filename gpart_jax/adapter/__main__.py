@@ -16,6 +16,7 @@ well, with 1 if not, or if two adapters differ, and with 2 if it was called wron
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from gpart_jax import adapter as artifact
 from gpart_jax.adapter import Adapter, load_adapter
+from gpart_jax.commands import explain
 from gpart_jax.targets import Layout
 
 
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     def command(function, name, help, *names):
         added = commands.add_parser(name, help=help, description=help)
         for argument in names:
-            added.add_argument(argument)
+            added.add_argument(argument, type=os.path.expanduser)  # a shell leaves the ~ of "x=~/y", and of what is quoted
         added.set_defaults(function=function)
         return added
 
@@ -55,8 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     options.pop("command")
     try:
         return function(**options)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 1
 
 

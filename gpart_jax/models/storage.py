@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
+from gpart_jax.files import find, hidden
+
 WEIGHTS = "model.safetensors"
 HUB_FILES = [
     "config.json",
@@ -37,7 +39,7 @@ def locate(source: str | os.PathLike) -> pathlib.Path:
     Raises:
       FileNotFoundError: there is no such directory, file, hub model or package.
     """
-    path = pathlib.Path(source)
+    path = pathlib.Path(source).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     name = str(source)
@@ -71,10 +73,10 @@ def _from_package(name: str) -> pathlib.Path:
             "(its dependencies are not needed). For a hub model give the owner too, as in FacebookAI/roberta-base."
         )
     for root in roots:
-        for config in sorted(pathlib.Path(root).rglob("config.json")):
-            if any(config.parent.glob("*.safetensors")):
+        for config in find(root, "config.json"):
+            if any(not hidden(file.name) for file in config.parent.glob("*.safetensors")):
                 return config.parent
-        if files := sorted(pathlib.Path(root).rglob("*.gguf")):
+        if files := find(root, "*.gguf"):
             return files[0]
     raise FileNotFoundError(
         f"The package {name!r} has no directory with config.json and *.safetensors, nor a GGUF file. Give another."

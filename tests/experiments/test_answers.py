@@ -1,6 +1,8 @@
 """The rules on completions as models write them, and as they should not."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments.answers import RULES, boxed, number
 
@@ -58,6 +60,61 @@ GSM8K = [  # completion, the right answer, what is extracted, verdict
     ("The answer is: 007", "7", "007", True),
     ("The answer is: 3.999", "4", "3.999", False),
     ("The answer is: 1234567890123456789", "1234567890123456788", "1234567890123456789", False),
+    # An equation gives its result: the last side that is a number alone
+    ("The answer is 2 * 9 = 18", "18", "18", True),
+    (r"The answer is $9 \times 2 = 18$.", "18", "18", True),
+    ("Answer: 5 + 13 = 18 dollars for 3 eggs", "18", "18", True),
+    ("The answer is: 18 = 2 * 9", "18", "18", True),
+    ("The answer is: 2 * 9 = 3 * 6 = 18", "18", "18", True),
+    ("The answer is (2 + 3) * 4 = 20.", "20", "20", True),
+    ("The answer is 2 boxes * 9 pens = 18 pens", "18", "18", True),
+    ("The answer is: $20 - $5 = $15.", "15", "15", True),
+    ("The answer is: 50% * 30 = 15", "15", "15", True),
+    ("The answer is: 2.5 x 4 = 10", "10", "10", True),
+    ("The answer is: 2**3 = 8", "8", "8", True),
+    (r"The answer is: $\frac{10}{2} = 5$", "5", "5", True),
+    ("The answer is: 3x = 15 so x = 5", "5", "5", True),
+    ("The answer is 5 (since 2 + 3 = 5)", "5", "5", True),
+    ("The answer is 5, because 20 - 15 = 5, or 4 + 1", "5", "5", True),
+    ("The answer is 5 and y = 3", "5", "5", True),
+    ("The answer is 5. Check: 2 + 4 = 6", "5", "5", True),
+    # "####" is GSM8K's own end; "answer:" before it is no end
+    ("9 + 9 = 18.\n#### 18\n\nProblem 2: Tom has 5 pens.", "18", "18", True),
+    ("#### 18\nThe answer is: 18\nProblem 2: The answer is: 5", "18", "18", True),
+    ("#### 18\nProblem 2: The answer is: 5", "18", "18", True),
+    ("9 + 9 = 18\n#### 18 dollars for 3 eggs", "18", "18", True),
+    ("Answer: 3 * 4 = 12, and 6 more.\n#### 18", "18", "18", True),
+    ("#### -$1,800.00, of 7", "-1800", "-$1,800.00", True),
+    ("#### **18**\n4", "18", "18", True),
+    ("### Step 1\nIt is 4.\n### Answer\n18", "18", "18", True),
+    # Fractions and mixed numbers
+    ("The answer is: 3 / 4", "0.75", "3 / 4", True),
+    ("The answer is: 1,000/2", "500", "1,000/2", True),
+    (r"The answer is: \frac34", "0.75", r"\frac34", True),
+    (r"The answer is: -\tfrac{3}{4}", "-0.75", r"-\tfrac{3}{4}", True),
+    (r"The answer is: \frac{-3}{4}", "-0.75", r"\frac{-3}{4}", True),
+    (r"The answer is: $2\dfrac{1}{2}$ hours", "2.5", r"$2\dfrac{1}{2}", True),
+    ("The answer is: 2\u00bd", "2.5", r"2\frac{1}{2}", True),
+    ("The answer is: 3 and 1/2", "3.5", "3 and 1/2", True),
+    ("The answer is: 3\u20444", "0.75", "3/4", True),
+    # Thousands
+    *[(f"The answer is: 1{space}234", "1234", "1,234", True) for space in ("\u2009", "\u202f", "\u00a0", r"\,", "{,}", "~", "'")],
+    (r"The answer is: 1{,}234{,}567", "1234567", "1,234,567", True),
+    ("The answer is: 12 345", "12", "12", True),  # two numbers
+    # Bold type, boxes, text, currencies, signs
+    ("**Answer**: **5**. That is 3 more than 2.", "5", "5", True),
+    ("**Answer:** 5", "5", "5", True),
+    ("The answer is: `5`", "5", "5", True),
+    (r"So it is \boxed{5}. Check: 2 + 3 = 5 = 10 / 2", "5", "5", True),
+    (r"The answer is: $9 \cdot 2 = \boxed{18}$", "18", "18", True),
+    (r"\boxed{\text{Total} = \$18\text{ dollars}}, of 20", "18", r"\$18", True),
+    (r"\fbox{\frac{3}{4}}, of 20", "0.75", r"\frac{3}{4}", True),
+    ("Answer: $5.00.", "5", "$5.00", True),
+    ("The answer is: \u20ac5", "5", "5", True),
+    ("The answer is: \u201312", "-12", "\u201312", True),
+    ("The answer is: negative 12", "-12", "negative 12", True),
+    ("The final answer is $18$. I hope it is right for all 3.", "18", "$18", True),
+    ("The answer is: 5. The answer is: five", "5", "5", True),
 ]
 MATH = [
     (r"The answer is: \frac{1}{2}", "0.5", r"\frac{1}{2}", True),
@@ -107,6 +164,19 @@ MATH = [
     ("The answer is: $", "5", "$", False),
     (r"The answer is: \frac{", "5", r"\frac{", False),
     ("", "5", None, False),
+    ("The answer is: **42**", "42", "42", True),
+    ("**The answer is:** 42", "42", "42", True),
+    ("The final answer is: 5. I hope it is correct.", "5", "5", True),
+    (r"The answer is: \(5\).", "5", "5", True),
+    ("The answer is:\n$$\n5\n$$", "5", "5", True),
+    ("The answer is:\n\\[\n\\frac{1}{2}\n\\]\nas 1 of 2.", "0.5", r"\frac{1}{2}", True),
+    (r"So it is \fbox{5}.", "5", "5", True),
+    (r"So it is \boxed {5}.", "5", "5", True),
+    (r"So it is \boxed{\frac{\sqrt{3}}{\frac{1}{2}}}.", r"2\sqrt{3}", r"\frac{\sqrt{3}}{\frac{1}{2}}", True),
+    (r"So it is \boxed{x^{2}\\}", "x^2", r"x^{2}\\", False),  # the brace after a line's end is one
+    (r"The answer is: 1\,234", "1234", r"1\,234", True),
+    ("The answer is: 1\u202f234", "1234", "1\u202f234", True),
+    ("The answer is: 2\u00bd", r"2\frac{1}{2}", "2\u00bd", True),
     (r"The answer is: 3\pi", r"9.42", r"3\pi", False),
     ("The answer is: -1", "1", "-1", False),
 ]  # fmt: skip
@@ -124,3 +194,18 @@ def test_answers_and_verdicts(rule, completion, right, answer, verdict):
 def test_numbers_and_boxes_that_are_none():
     assert number("five") is None and number("1/0") is None and number("5 apples") is None
     assert boxed("no box") is None and boxed(r"\boxed{") is None and boxed(r"\boxed") is None
+
+
+@given(st.text("0123456789 .,-+*/=$#\\{}()\nx%abAnswer:is"))
+def test_any_completion_has_an_answer_or_none(text):
+    for completion in (text, f"The answer is: {text}", f"#### {text}", rf"\\boxed{{{text}"):
+        found = RULES["gsm8k"].answer(completion)
+        assert found is None or number(found) is not None or "/" in found or "frac" in found  # 1/0 is no number
+        assert RULES["math"].answer(completion) != ""
+
+
+@given(st.integers(-(10**9), 10**9), st.sampled_from(["{}", "{:,}", "${:,}", "{}.", "{:.2f}", "**{:,}**", r"\boxed{{{:,}}}", "{} apples"]))
+def test_a_whole_number_is_found_in_any_dress(value, dress):
+    for start in ("The answer is: ", "#### ", "Answer: 1 + 1 = ", "so the answer is "):
+        found = RULES["gsm8k"].answer(start + dress.format(value) + "\n")
+        assert RULES["gsm8k"].equal(found, str(value)), (start, found)

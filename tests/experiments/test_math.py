@@ -88,8 +88,12 @@ def test_long_examples_keep_their_end(letters, caplog):
 
 
 def test_a_completion_ends_at_a_new_question():
-    assert math.completion(" 2.\nThe answer is: 2\n\nQuestion: What is 3?") == " 2.\nThe answer is: 2\n\n"
+    assert math.completion(" 2.\nThe answer is: 2\n\nQuestion: What is 3?") == " 2.\nThe answer is: 2\n"
     assert math.completion(" 2") == " 2"
+    for new in ("Question:", "Question 2:", " Question: ", "**Question:**", "### Question 3:"):
+        assert math.completion(f" 2\n{new} What?") == " 2"
+    for within in (" The Questionnaire has 12 Questions.\nThe answer is: 12", " 2\nQuestions: none", " The Question: is it 2?"):
+        assert math.completion(within) == within
 
 
 # GSM8K

@@ -203,6 +203,26 @@ def test_answers_of_other_settings_are_not_mixed(problems, monkeypatch, tmp_path
         answer(tmp_path, settings={"adapter": "abd"})
     with pytest.raises(ValueError, match="differs in max_new_tokens"):
         answer(tmp_path, max_new_tokens=65)
+    problems[3]["answer"] = "0"
+    with pytest.raises(ValueError, match="holds answers to other problems, such as number 3"):
+        answer(tmp_path)
+
+
+def test_answers_that_are_there_get_the_verdicts_of_todays_rules(problems, monkeypatch, tmp_path):
+    answer, _ = answering(problems, monkeypatch)
+    before = sorted(answer(tmp_path), key=lambda row: row["idx"])
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("".join(json.dumps(row | {"answer": None, "correct": False}) + "\n" for row in before))
+    assert answer(tmp_path, settings={"adapter": "abc", "weights": "new to it"}) == before
+    assert [json.loads(line) for line in file.read_text().splitlines()] == before
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"idx": 1}', "\ud800", '{"idx": 0, "prompt": 1, "completion": "", "right": ""}', "[" * 9999])
+def test_a_damaged_file_of_answers_is_named(problems, monkeypatch, tmp_path, line):
+    answer, _ = answering(problems, monkeypatch)
+    (tmp_path / "predictions.jsonl").write_text(line + "\n", errors="surrogatepass")
+    with pytest.raises(ValueError, match="predictions.jsonl is damaged .*Move its folder away"):
+        answer(tmp_path)
 
 
 def test_a_real_model_answers_on_a_mesh(tiny_llama, problems, tmp_path):

@@ -57,6 +57,14 @@ def test_a_table_over_seeds(tmp_path):
     assert "[1] the authors' PyTorch release" in table
 
 
+def test_a_run_that_is_not_finished_has_no_size_and_hidden_runs_do_not_count(tmp_path):
+    finished(tmp_path / "a", "sst2,minilm", 42, 0.8)
+    finished(tmp_path / ".Trash-1000" / "a", "sst2,minilm", 42, 0.9)
+    file = tmp_path / "a" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"adapter_bytes": None}))
+    assert "| gpart, d = 23,040 | 1,000 |  | 80.0 (mean 80.0; seed 42) |" in report.markdown(report.find_runs(tmp_path))
+
+
 def test_a_figure_is_not_set_beside_another_experiment(tmp_path):
     finished(tmp_path / "a", "sst2,minilm", 42, 0.9, **{"task.train_examples": 20_000})
     finished(tmp_path / "b", "sst2,minilm,lora", 42, 0.9, **{"train.epochs": 4})

@@ -510,11 +510,15 @@ def test_a_step_that_never_ends_ends_the_process(tiny_model, tmp_path):
         ),
         (("train", "log_every", 0), r"config.train.log_every must be a positive integer, not 0"),
         (("model", "source", "/no/such/place"), r"/no/such/place"),
+        (("model", "dtype", "float99"), r"config.model.dtype must be one of float32, bfloat16, float16, not 'float99'"),
+        (("mesh", "data", "x"), r"config.mesh.data = 'x' is of the wrong type: it must be int"),
+        (("optimizer", "warmup", None), r"config.optimizer.warmup = None is of the wrong type: it must be int | float"),
+        (("train", "patience", -1), r"config.train.patience must be a positive integer or None, not -1"),
     ],
 )
 def test_bad_config_gets_one_clear_error(config, tmp_path, change, message):
     section, key, value = change
-    with config.unlocked():
+    with config.unlocked(), config.ignore_type():
         config[section][key] = value
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(config, tmp_path / "run")

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import unicodedata
 
 import jax
 import numpy as np
@@ -146,6 +147,81 @@ def test_folders_of_ones_own(tmp_path):
         load("folder", tmp_path)
 
 
+def put(path, color="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), color).save(path, "PNG")
+
+
+def small_folder(root):
+    for path in ("train/cat/a.png", "train/dog/b.png", "test/cat/c.png", "test/dog/d.png"):
+        put(root / path)
+    return root
+
+
+@pytest.mark.parametrize(
+    "path, split",
+    [
+        *[(f"train/cat/x{suffix}", "train") for suffix in (".JPG", ".tif", ".TIFF", ".gif", ".jfif", ".ppm", ".pgm")],
+        ("train/cat/2024/may/x.png", "train"),
+        *[(f"{name}/cat/x.png", "validation") for name in ("validation", "valid", "val", "dev", "Val")],
+    ],
+)
+def test_a_folders_images_are_read_as_torchvision_does(tmp_path, caplog, path, split):
+    put(small_folder(tmp_path) / path)
+    if split == "validation":
+        put(tmp_path / path.replace("cat", "dog"))
+    task = load("folder", tmp_path, holdout=0.0)
+    assert [len(part) for part in task[:3]] == ([3, 0, 2] if split == "train" else [2, 2, 2])
+    assert task.labels == ("cat", "dog") and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("train/cat/._a.png", "1 whose names begin with a dot, such as train/cat/._a.png"),
+        ("train/cat/.ipynb_checkpoints/a.png", "1 whose names begin with a dot, such as train/cat/.ipynb_checkpoints"),
+        ("test/.git/config", "1 whose names begin with a dot, such as test/.git"),
+        ("train/cat/notes.txt", "1 without the ending of an image, such as train/cat/notes.txt"),
+        ("train/x.png", "1 beside the classes, such as train/x.png"),
+        ("extra/cat/x.png", "1 beside the splits, such as extra"),
+    ],
+)
+def test_what_a_folder_leaves_out_is_counted_in_one_warning(tmp_path, caplog, path, said):
+    root = small_folder(tmp_path / ".above")  # a dot above the folder is no reason
+    put(root / path)
+    task = load("folder", root, holdout=0.0)
+    assert [len(part) for part in task[:3]] == [2, 0, 2] and task.labels == ("cat", "dog")
+    assert [record.getMessage() for record in caplog.records] == [f"{root}: left out {said}."]
+
+
+def test_a_link_back_to_a_folder_above_ends(tmp_path):
+    (small_folder(tmp_path) / "train" / "cat" / "again").symlink_to(tmp_path / "train" / "cat")
+    assert len(load("folder", tmp_path, holdout=0.0).train) == 2
+
+
+def test_two_folders_for_one_split_are_refused(tmp_path):
+    put(small_folder(tmp_path) / "val" / "cat" / "x.png"), put(tmp_path / "validation" / "cat" / "x.png")
+    with pytest.raises(ValueError, match="has val/ and validation/ for one split, validation. Keep one"):
+        load("folder", tmp_path)
+
+
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("one, other", [(NFC, NFD), (NFD, NFC)])
+def test_a_name_is_one_in_both_forms_of_unicode(tmp_path, aircraft, one, other):
+    for path in (f"train/{one}/a.png", f"train/{other}/b.png", f"test/{other}/c.png"):
+        put(tmp_path / "folder" / path)
+    task = load("folder", tmp_path / "folder", holdout=0.0)
+    assert task.labels == (NFC,) and [len(part) for part in task[:3]] == [2, 0, 1]
+    (aircraft / "data" / "variants.txt").write_text(f"{one}\n")
+    for split in ("train", "val", "test"):
+        (aircraft / "data" / f"images_variant_{split}.txt").write_text(f"{one} {other}\n")
+    put(aircraft / "data" / "images" / f"{other}.jpg")
+    task = load("aircraft", aircraft)
+    assert task.labels == (NFC,) and task.train[0]["image"]
+
+
 # What is refused
 
 
@@ -241,6 +317,68 @@ def test_test_images_are_torchvisions():
         mine = images.prepare({"image": (DATA / name).read_bytes(), "id": name}, 32).astype(float)
         assert mine.shape == (32, 32, 3)
         assert np.abs(mine - expected[name]).mean() < 1  # grey levels
+
+
+RAMP = np.arange(256).reshape(16, 16)
+CLEAR_RED = Image.new("P", (16, 16), 1)
+CLEAR_RED.putpalette([0, 0, 0, 255, 0, 0])
+RED, GREY = np.array([255, 0, 0]), np.array([128, 128, 128])
+
+
+def in_format(image, form, **options):
+    image.save(buffer := io.BytesIO(), form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "stored, right",
+    [
+        (in_format(Image.fromarray(RAMP.astype(np.uint8)), "PNG"), RAMP),
+        *[(in_format(Image.fromarray((RAMP * 257).astype(np.uint16)), form), RAMP) for form in ("PNG", "TIFF", "PPM")],
+        (in_format(Image.frombytes("I;16B", (16, 16), (RAMP * 257).astype(">u2").tobytes()), "TIFF"), RAMP),
+        ((RAMP * 257).astype(np.uint16), RAMP),
+        (in_format(Image.fromarray((RAMP / 255).astype(np.float32)), "TIFF"), RAMP),
+        (in_format(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), RAMP),
+        (in_format(Image.fromarray(RAMP > 99), "PNG"), (RAMP > 99) * 255),
+        (in_format(Image.new("LA", (16, 16), (128, 7)), "PNG"), GREY),
+        (in_format(Image.new("RGBA", (16, 16), (255, 0, 0, 0)), "PNG"), RED),
+        (in_format(CLEAR_RED, "PNG", transparency=bytes([0, 9])), RED),
+        (in_format(CLEAR_RED, "GIF", transparency=1), RED),
+        (in_format(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "TIFF"), RED),
+        (in_format(CLEAR_RED, "GIF", save_all=True, append_images=[Image.new("L", (16, 16), 7)]), RED),
+    ],
+)
+def test_pictures_of_any_depth_and_mode_are_scaled(stored, right):
+    found = np.asarray(images.decode({"image": stored, "id": "x"}))
+    assert found.shape == (16, 16, 3) and found.dtype == np.uint8
+    assert np.abs(found.astype(int) - (right[..., None] if right.ndim == 2 else right)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "stored, said",
+    [
+        (in_format(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "32-bit integers, and nothing says which"),
+        (in_format(Image.fromarray(RAMP.astype(np.float32) - 1), "TIFF"), "its floats are from -1 to 254, not"),
+        (in_format(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"), "its floats are from nan to nan"),
+        (in_format(Image.fromarray(RAMP.astype(np.uint8)), "TIFF")[:200], "decoded"),
+        (in_format(Image.fromarray(RAMP.astype(np.uint8)), "PNG")[:50], "decoded"),
+    ],
+)
+def test_pictures_that_would_be_guessed_are_refused_by_name(stored, said):
+    with pytest.raises(ValueError, match=f"x.tif: the image can't be decoded.*{said}" if said != "decoded" else "x.tif: .*decoded"):
+        images.decode({"image": stored, "id": "x.tif"})
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_pictures_are_turned_upright(form, orientation):
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8], upright[8:, :16] = (255, 0, 0), (0, 255, 0)
+    turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # how the camera stored it
+    stored = Image.fromarray(upright) if turned is None else Image.fromarray(upright).transpose(Image.Transpose(turned))
+    (exif := Image.Exif())[0x0112] = orientation
+    found = images.decode({"image": in_format(stored, form, exif=exif, quality=95), "id": "x"})
+    assert found.size == (32, 16) and np.abs(np.asarray(found).astype(int) - upright).mean() < 15
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.floats(0.01, 1), st.integers(0, 2**32))

@@ -126,9 +126,10 @@ def test_told_to_stop_or_with_a_process_killed_the_run_ends_with_the_same_theta(
     reader = threading.Thread(target=lambda: lines.extend(process.stdout))
     reader.start()
     wanted = (int(saved) // 20 + 1) * 20
-    finished = tmp_path / "checkpoints" / str(wanted)  # Orbax renames it when all of it is written, in the background
+    # Orbax writes in the background, but no checkpoint before the one before is whole: a folder of its name alone doesn't say so.
+    after = tmp_path / "checkpoints" / str(wanted + 20)
     while not killed and process.poll() is None:
-        if finished.is_dir():
+        if after.is_dir():
             os.kill(pids[1], signal.SIGKILL)
             killed = True
         time.sleep(0.01)
