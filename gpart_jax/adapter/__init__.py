@@ -215,8 +215,11 @@ class Adapter:
           dtype: of all floating-point leaves; None leaves each as it is.
 
         Raises:
-          ValueError: as `on`.
+          ValueError: as `on`; a number that isn't finite, in the adapter or, once rounded, in the model; names where.
         """
+        for name, array in self.tensors.items():
+            if count := int((~np.isfinite(array)).sum()):
+                raise ValueError(f"The adapter's {name} isn't finite: {count} of {array.size} are NaN or infinite. Train it again.")
         method, trainable = self.on(params)
         replaced, adapt = _replaced(trainable), _adapting(method, params)
         frozen = {path: jnp.asarray(leaf) for path, leaf in select(params).items()}
@@ -234,6 +237,12 @@ class Adapter:
         new, rounding, update = _jit_in_place(compute, frozen, trainable, method.tables(params))
         if dtype is not None:
             new = {path: leaf.astype(dtype) for path, leaf in frozen.items() if leaf.dtype != dtype} | new
+        finite = jax.jit(lambda new: {path: jnp.isfinite(leaf).all() for path, leaf in new.items()})(new)
+        if bad := [path for path, whole in finite.items() if not whole]:
+            raise ValueError(
+                f"{bad[0]}{f' and {len(bad) - 1} more' if bad[1:] else ''} would hold NaN or infinities in {new[bad[0]].dtype}: the "
+                "sum is beyond its range, or the base isn't finite. Merge in float32 or bfloat16, or look at the adapter's norm."
+            )
         kept = {path: leaf for path, leaf in named_leaves(params) if path in new}
         return Merged(replace_leaves(params, new), kept, float(rounding), float(update))
 
