@@ -129,7 +129,7 @@ def _to_peft(file: str, base: str, directory: str, overwrite: bool) -> int:
 
     adapter = load_adapter(file)
     output.check_directory(directory, overwrite=overwrite, inputs=[file, locate(base)], described=peft.CONFIG)
-    peft.write(directory, adapter, *huggingface.load_base(base, adapter), base_model=base, overwrite=overwrite)
+    peft.write(directory, adapter, *huggingface.load_base(base, adapter), base_model=base)
     print(f"{directory} holds {file} as a PEFT checkpoint.")
     return 0
 

@@ -30,7 +30,8 @@ from flax import linen as nn
 from gpart_jax import sharding
 from gpart_jax.adapter import Adapter
 from gpart_jax.methods import from_spec
-from gpart_jax.models import output, pretrained, pretrained_decoder
+from gpart_jax.models import pretrained, pretrained_decoder
+from gpart_jax.models.storage import replace
 from gpart_jax.targets import Layout, Leaf, PyTree, named_leaves
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -142,26 +143,18 @@ def read(directory: str | os.PathLike, model: nn.Module, params: PyTree) -> Adap
 
 
 def write(
-    directory: str | os.PathLike,
-    adapter: Adapter,
-    model: nn.Module,
-    params: PyTree,
-    base_model: str | None = None,
-    *,
-    overwrite: bool = False,
+    directory: str | os.PathLike, adapter: Adapter, model: nn.Module, params: PyTree, base_model: str | None = None
 ) -> None:
-    """Writes an adapter as their release reads it, whole or not at all. Under several processes all call it, and the first writes.
+    """Writes an adapter as their release reads it. Under several processes all call it, and the first writes.
 
     Args:
-      directory: made if need be.
+      directory: made if need be. What is there is replaced file by file, each in one step.
       adapter: of GPart, scheme splitmix64, and with targets numbered as they do: by `layout`, or from `read`.
       model, params: the base it belongs to.
       base_model: its name, for their config.
-      overwrite: whether another such checkpoint may be replaced.
 
     Raises:
-      ValueError: their release has no such adapter, or it belongs to another model; a directory that isn't empty, unless it may be
-        replaced.
+      ValueError: their release has no such adapter, or it belongs to another model.
     """
     adapter.on(params)
     spec, targets = adapter.method, adapter.method.get("targets")
@@ -212,9 +205,14 @@ def write(
     }  # fmt: skip
 
     def put():
-        with output.new_directory(directory, overwrite=overwrite, described=CONFIG) as new:
-            safetensors.numpy.save_file(tensors, new / TENSORS, {"format": "pt"})
-            (new / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2))
+        folder = pathlib.Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(sorted(config.items())), indent=2)
+        for name, save in {
+            TENSORS: lambda file: safetensors.numpy.save_file(tensors, file, {"format": "pt"}),
+            CONFIG: lambda file: file.write_text(text),
+        }.items():
+            replace(folder / name, save)
 
     sharding.on_first_process(put)
 

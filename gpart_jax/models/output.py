@@ -59,8 +59,9 @@ def check_directory(
       ValueError: there is something already, or it is an input.
     """
     target = check_inputs(directory, inputs)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{directory} is a file. Give the name of a directory.")
+    there = next(path for path in (target, *target.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{directory} can't be a directory: {there} is a file. Give another name.")
     if _is_filled(target):
         if not overwrite:
             raise ValueError(f"{directory} isn't empty. Give a new directory, or say that it is to be replaced (--overwrite).")
