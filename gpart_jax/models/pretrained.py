@@ -121,9 +121,7 @@ def load_vit(
       (model, params): a `ViTClassifier` and its nested dict of float32 arrays.
     """
     directory = locate(source)
-    described = read_preprocessor(directory)
-    given = (name for name in ("image_mean", "image_std") if name in described)
-    normalised: dict[str, Any] = {name: tuple(described[name]) for name in given}
+    normalised: dict[str, Any] = vit.normalisation(read_preprocessor(directory))
     config = dataclasses.replace(ViTConfig.from_hf(read_config(directory)), pooler=pooler, **normalised)
     model = ViTClassifier(config, num_labels, dtype)
     return model, _load(directory, model, jax.eval_shape(model.init, key, model.config.example)["params"], key)
@@ -135,7 +133,8 @@ def _load(directory: pathlib.Path, model: nn.Module, shapes, key: jax.Array):
     with contextlib.ExitStack() as stack:
         found = _find(open_tensors(directory, stack), model, shapes)
         fresh = _fresh(found, config.family, model.num_labels)
-        for number, (path, leaf) in enumerate(expected.items()):
+        # What is drawn comes last: no file vouches for its size until the others fit.
+        for number, (path, leaf) in sorted(enumerate(expected.items()), key=lambda entry: entry[1][0].startswith(fresh)):
             if path.startswith(fresh):
                 params[path] = _draw(jax.random.fold_in(key, number), path, leaf.shape, config.initializer_range)
             elif tensor := found[path]:

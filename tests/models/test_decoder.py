@@ -127,7 +127,7 @@ def test_rope_where_transformers_5_and_4_put_it():
 
 
 def test_the_sliding_windows_of_qwen2():
-    described = json.loads((DATA / "qwen2" / "config.json").read_text()) | {"sliding_window": 8}  # three layers
+    described = json.loads((DATA / "qwen2" / "config.json").read_text()) | {"sliding_window": 8, "layer_types": None}  # three layers
     for change, window in [
         ({"use_sliding_window": False}, None),
         ({"use_sliding_window": True, "max_window_layers": 3}, None),
