@@ -36,9 +36,10 @@ from gpart_jax.targets import (
     PyTree,
     Targets,
     canonical_layout,
+    floating,
     named_leaves,
     replace_leaves,
-    select,
+    wide,
 )
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,7 @@ class Adapter:
                 raise ValueError(f"The adapter's {name} isn't finite: {count} of {array.size} are NaN or infinite. Train it again.")
         method, trainable = self.on(params)
         replaced, adapt = _replaced(trainable), _adapting(method, params)
-        frozen = {path: jnp.asarray(leaf) for path, leaf in select(params).items()}
+        frozen = {path: jnp.asarray(leaf) for path, leaf in floating(params).items()}
 
         def compute(frozen, trainable, tables):
             exact = adapt(jax.tree.map(_wide, frozen), trainable, tables)
@@ -263,7 +264,7 @@ class Adapter:
             )
         method, trainable = self.on(params, merged=True)
         replaced, adapt = _replaced(trainable), _adapting(method, params)
-        merged = {path: jnp.asarray(leaf) for path, leaf in select(params).items()}
+        merged = {path: jnp.asarray(leaf) for path, leaf in floating(params).items()}
 
         def compute(merged, trainable, tables):
             deltas = adapt(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), merged), trainable, tables)
@@ -401,7 +402,7 @@ def _identity(spec: dict, head_targets: Targets, params, kept: Iterable[str]) ->
 
 def _adapting(method: Method, params):
     """adapt(leaves, trainable, tables): those of the leaves, by path, that the method changes, changed."""
-    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in select(params).items()}
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in floating(params).items()}
     like = replace_leaves(params, shapes)
 
     def adapt(leaves, trainable, tables):
@@ -425,7 +426,7 @@ def _replaced(trainable: dict) -> set[str]:
 
 
 def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))
 
 
 def _to_plain(layout: Layout) -> dict:
