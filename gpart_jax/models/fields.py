@@ -26,8 +26,8 @@ def check_fields(config: Any, hf_names: Mapping[str, str]) -> None:
             wanted = f"a whole number from {least} to {largest}"
             right = is_number(value) and isinstance(value, numbers.Integral) and least <= value <= largest
         elif kind in (float, float | None):
-            most = 1 if field.name in RATES else math.inf
-            wanted = "a number from 0 to 1" if most == 1 else "a number that isn't negative"
+            most = 1 if field.name in RATES else 2**31
+            wanted = f"a number from 0 to {most}"
             right = is_number(value) and 0 <= value <= most
         elif kind in (bool, str):
             wanted, right = {bool: "true or false", str: "a text"}[kind], isinstance(value, kind)
