@@ -8,7 +8,9 @@ the folder. What it gives must equal what it gives of the undamaged files where 
 that is valid, as a config does with another rate of dropout.
 """
 
+import contextlib
 import copy
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -27,6 +29,10 @@ from gpart_jax import Adapter, load_adapter
 from gpart_jax.adapter import file as adapter_file
 from gpart_jax.interop import huggingface, peft
 from gpart_jax.methods import from_spec
+from gpart_jax.models import storage
+from gpart_jax.models.decoder import DecoderConfig
+from gpart_jax.models.encoder import EncoderConfig
+from gpart_jax.models.vit import ViTConfig, normalisation
 from gpart_jax.models.vocabulary import load_vocabulary
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -92,6 +98,21 @@ def read_base(folder):
     """A model, its weights and its dtype, as `gpart-adapter merge` reads them."""
     model, params = huggingface.load_base(folder)
     return model, huggingface.base_dtype(folder), jax.tree.map(np.asarray, params)
+
+
+def read_description(folder):
+    """What config.json and preprocessor_config.json say, without the weights: quick enough for thousands."""
+    config = storage.read_config(folder)
+    kind = {"vit": ViTConfig, "bert": EncoderConfig, "roberta": EncoderConfig}.get(str(config.get("model_type")), DecoderConfig)
+    normalised = normalisation(storage.read_preprocessor(folder)) if kind is ViTConfig else {}
+    described = dataclasses.replace(kind.from_hf(config), **normalised)
+    return described, storage.stated_dtype(config), huggingface._outputs(config)
+
+
+def read_weights(folder):
+    with contextlib.ExitStack() as stack:
+        stored = storage.open_tensors(folder, stack)
+        return {name: tensor.read(tensor.shape) for name, tensor in stored.items()}, storage.stored_dtype(folder)
 
 
 def small_bert(folder):
@@ -164,14 +185,16 @@ def small_peft(folder):
     peft.write(folder, Adapter.of(from_spec(spec), {"theta": np.arange(9, dtype=np.float32)}, params), model, params)
 
 
+FAMILIES = {name: copied(f"decoder/{name}") for name in ("llama", "mistral", "qwen2", "gemma")} | {
+    "bert": small_bert, "roberta": copied("encoder/roberta"), "vit": small_vit
+}  # fmt: skip
 READERS = {
-    **{f"config of {name}": Reader(copied(f"decoder/{name}"), "config.json", read_base) for name in ("llama", "mistral", "qwen2", "gemma")},
-    "config of bert": Reader(small_bert, "config.json", read_base),
-    "config of roberta": Reader(copied("encoder/roberta"), "config.json", read_base),
-    "config of vit": Reader(small_vit, "config.json", read_base),
-    "preprocessor": Reader(small_vit, "preprocessor_config.json", read_base),
-    "weight index": Reader(small_bert, "model.safetensors.index.json", lambda folder: read_base(folder)[2], exact=True),
-    "weights": Reader(small_bert, "model-00001-of-00002.safetensors", read_base),
+    **{f"config of {name}": Reader(fill, "config.json", read_description) for name, fill in FAMILIES.items()},
+    **{f"model of {name}": Reader(fill, "config.json", read_base) for name, fill in FAMILIES.items()},
+    "preprocessor": Reader(small_vit, "preprocessor_config.json", read_description),
+    "weight index": Reader(small_bert, "model.safetensors.index.json", read_weights),
+    "weight index of a model": Reader(small_bert, "model.safetensors.index.json", lambda folder: read_base(folder)[2], exact=True),
+    "weights": Reader(small_bert, "model-00001-of-00002.safetensors", read_weights),
     **{name: Reader(small_tokenizer, f"{name}.json", read_tokenizer)
        for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config")},
     "adapter": Reader(small_adapter, "adapter", read_adapter, exact=True),
