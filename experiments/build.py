@@ -76,6 +76,8 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
             model, params = pretrained.load_vit(where, task.outputs, key=key, dtype=dtype)
     if longest is not None and task.max_length > longest:
         raise ValueError(f"config.task.max_length = {task.max_length}, but {source} takes {longest} tokens.")
+    if takes != IMAGES:
+        check_ids(task, model.config, source)
     mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     if takes == LANGUAGE:
         return Experiment(fitted(model, config.model, mesh), params, task, rules)
@@ -85,6 +87,21 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
         model = model.clone(config=rated)
     drawn = pretrained.drawn(where, model) if where else ()
     return Experiment(fitted(model, config.model, mesh), jax.tree.map(np.asarray, params), task, rules, drawn)
+
+
+def check_ids(task: data.Task, shape: Any, source: str) -> None:
+    """Raises a ValueError that names the first example with an id that the model has no embedding of: it would be NaN."""
+    for field, size in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
+        if (count := getattr(shape, size, None)) is None:
+            continue
+        for split in ("train", "validation", "test"):
+            for number, example in enumerate(getattr(task, split)):
+                ids = np.asarray(example.get(field, ()))
+                if ids.size and not 0 <= ids.min() <= (largest := ids.max()) < count:
+                    raise ValueError(
+                        f"Example {number} of {split}, {str(example.get('text'))[:60]!r}, has {field} up to {largest}, but {source} has "
+                        f"{size} {count}. Tokenizer and model are of different models: take both from one place."
+                    )
 
 
 def fitted(model: nn.Module, options: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:

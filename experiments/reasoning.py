@@ -74,6 +74,7 @@ def answer_all(
     """
     math.encode_prompts(vocabulary, examples)
     settings = settings | {"benchmark": benchmark, "max_new_tokens": max_new_tokens}
+    settings |= {"ends": list(vocabulary.ends)} if vocabulary.others else {}
     folder.mkdir(parents=True, exist_ok=True)
     barrier("settings")
     if (folder / "settings.json").is_file():
@@ -107,7 +108,7 @@ def answer_all(
     if not left:
         return rows
     answers = generate_each(
-        model, params, [example["input_ids"].tolist() for example in left], eos=[vocabulary.eos], max_new_tokens=max_new_tokens, rows=batch_size, mesh=mesh,
+        model, params, [example["input_ids"].tolist() for example in left], eos=vocabulary.ends, max_new_tokens=max_new_tokens, rows=batch_size, mesh=mesh,
         stop=math.STOP, decode=decode,
     )  # fmt: skip
     with (folder / "predictions.jsonl" if is_writer() else pathlib.Path(os.devnull)).open("a", buffering=1) as file:

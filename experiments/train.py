@@ -163,9 +163,9 @@ def finish(
     best_epoch = round(best_epoch, 2) if best_step % schedule.epoch else int(best_epoch)
     logger.say(f"test {shown} with the adapter of epoch {best_epoch}: {adapter}")
     if config.train.get("export"):
-        adapted = load_adapter(adapter).apply(experiment.params)
+        adapted = load_adapter(adapter).merge(experiment.params).params  # or an error where they aren't finite
         huggingface.export(
-            workdir / "model", experiment.model, adapted, labels=task.labels, tokenizer=config.model.source
+            workdir / "model", experiment.model, adapted, labels=task.labels, base=config.model.source or None, overwrite=True
         )
         logger.say(f"the adapted model, as a Hugging Face directory: {workdir / 'model'}")
     if not is_writer():

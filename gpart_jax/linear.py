@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gpart_jax.targets import Params
+from gpart_jax.targets import Params, wide
 
 
 class Split(NamedTuple):
@@ -52,6 +52,17 @@ def apply(kernel: Kernel, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
 
+def add(weight: jax.Array, delta: jax.Array) -> jax.Array:
+    """W0 + D, rounded to the dtype of W0."""
+    held = weight.astype(wide(weight.dtype)) if is_narrow(weight.dtype) else weight
+    return (held + delta).astype(weight.dtype)
+
+
+def is_narrow(dtype: DTypeLike) -> bool:
+    """Whether a floating-point dtype has so few bits that JAX promotes it to no other by itself: float8 and less."""
+    return jnp.finfo(dtype).bits < 16
+
+
 def _dropped(x, keys, keep):
     def of_row(words, row):  # more tokens leave the masks of the first as they are
         return jnp.where(jax.random.bernoulli(jax.random.wrap_key_data(words), keep, row.shape), row / keep, 0).astype(row.dtype)
@@ -64,9 +75,9 @@ def merged(params: Params) -> Params:
 
     def merge(kernel):
         if isinstance(kernel, Split):
-            return (kernel.kernel + kernel.delta).astype(kernel.kernel.dtype)
+            return add(kernel.kernel, kernel.delta)
         if isinstance(kernel, LowRank):
-            return (kernel.kernel + kernel.a @ kernel.b).astype(kernel.kernel.dtype)
+            return add(kernel.kernel, kernel.a @ kernel.b)
         return kernel
 
     return jax.tree.map(merge, params, is_leaf=lambda x: isinstance(x, Split | LowRank))

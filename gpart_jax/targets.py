@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 Array = jax.Array | np.ndarray
 PyTree = Any  # containers of arrays, or of what stands for them
 Params = TypeVar("Params")  # a pytree that comes back with the same structure
+_PARAMS = jax.tree_util.DictKey("params")
 Targets = str | Sequence[str] | Callable[[str, jax.Array], bool] | None
 
 
@@ -108,16 +110,18 @@ def select(params: PyTree, targets: Targets = None) -> dict[str, jax.Array]:
     Args:
       params: any pytree of arrays (or `jax.ShapeDtypeStruct`).
       targets: one regular expression or several, searched for in each leaf's path; or a predicate `(path, leaf) -> bool`;
-        or None for every floating-point leaf.
+        or None for every floating-point leaf that is a parameter. What isn't: variables of an NNX State or Module that aren't
+        `nnx.Param`, as the statistics of a BatchNorm; and in a dict with an entry "params", as Linen's variables are, the others.
 
     Raises:
       ValueError: a pattern or predicate that selects nothing, or a selected leaf that is not floating-point.
     """
     leaves = named_leaves(params)
     if targets is None:
-        chosen = [(path, leaf) for path, leaf in leaves if _is_float(leaf)]
+        state = _state(params)
+        chosen = [(path, leaf) for path, leaf in leaves if _is_float(leaf) and path not in state]
         if not chosen:
-            raise ValueError("params hold no floating-point array, so there is nothing to adapt.")
+            raise ValueError("params hold no floating-point array that is a parameter, so there is nothing to adapt.")
     elif callable(targets):
         chosen = [(path, leaf) for path, leaf in leaves if targets(path, leaf)]
         if not chosen:
@@ -135,6 +139,16 @@ def select(params: PyTree, targets: Targets = None) -> dict[str, jax.Array]:
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(f"Target {path!r} is {kind}, not floating-point. Narrow the targets to leave it out.")
     return dict(sorted(chosen, key=lambda item: _natural(item[0])))
+
+
+def floating(params: PyTree) -> dict[str, jax.Array]:
+    """Every floating-point leaf by path, parameter or not, ordered as `select` does."""
+    return dict(sorted(((path, leaf) for path, leaf in named_leaves(params) if _is_float(leaf)), key=lambda item: _natural(item[0])))
+
+
+def wide(dtype: DTypeLike) -> np.dtype:
+    """What numbers of a floating-point dtype are summed in: float32, or itself where it is wider."""
+    return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)  # promote_types knows no float8
 
 
 def canonical_layout(
@@ -217,17 +231,37 @@ def _check_fits(layout: Layout, params) -> None:
 def _with_paths(params) -> tuple[list[tuple[str, Any]], Any]:
     """([(path, leaf), ...], the tree's structure)"""
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    variables = _variables(params)
+    return [(_path(keys, variables), leaf) for keys, leaf in leaves], tree
+
+
+def _path(keys: tuple, variables: Mapping[tuple, Any]) -> str:
     # An NNX Variable, of a Module or of a State, adds a key around its array. Its path is the Variable's own.
-    nnx, variables = sys.modules.get("flax.nnx"), set()
-    if nnx is not None:
-        inner = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
-        variables = {keys for keys, leaf in inner if isinstance(leaf, nnx.Variable)}
+    own = keys[:-1] if keys[:-1] in variables else keys
+    return jax.tree_util.keystr(own, simple=True, separator="/")
 
-    def path(keys):
-        own = keys[:-1] if keys[:-1] in variables else keys
-        return jax.tree_util.keystr(own, simple=True, separator="/")
 
-    return [(path(keys), leaf) for keys, leaf in leaves], tree
+def _variables(params) -> dict[tuple, Any]:
+    """The NNX Variables of a tree by their keys."""
+    if (nnx := sys.modules.get("flax.nnx")) is None:
+        return {}
+    inner = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
+    return {keys: leaf for keys, leaf in inner if isinstance(leaf, nnx.Variable)}
+
+
+def _state(params) -> set[str]:
+    """The paths of what isn't a parameter, though it may be floating-point; see `select`."""
+    leaves, variables = jax.tree_util.tree_flatten_with_path(params)[0], _variables(params)
+    collections = {keys[:n] for keys, _ in leaves for n, key in enumerate(keys) if key == _PARAMS}
+    found = set()
+    for keys, _ in leaves:
+        if (variable := variables.get(keys[:-1])) is not None:
+            beside = not isinstance(variable, sys.modules["flax.nnx"].Param)
+        else:
+            beside = any(keys[:n] in collections and key != _PARAMS for n, key in enumerate(keys))
+        if beside:
+            found.add(_path(keys, variables))
+    return found
 
 
 def _natural(path: str) -> list:

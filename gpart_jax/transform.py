@@ -17,10 +17,10 @@ from jax.typing import ArrayLike
 from gpart_jax import partition as partitions
 from gpart_jax import primitive
 from gpart_jax.dropout import key_words
-from gpart_jax.linear import Split, is_kernel
+from gpart_jax.linear import Split, is_kernel, is_narrow
 from gpart_jax.lowerings.base import Call, Cut, Where, as_table
 from gpart_jax.partition import Partition
-from gpart_jax.targets import Layout, Params, Targets, canonical_layout, named_leaves, replace_leaves
+from gpart_jax.targets import Layout, Params, Targets, canonical_layout, named_leaves, replace_leaves, wide
 
 APPLY = ("sum", "dither", "split")
 
@@ -55,7 +55,7 @@ def gpart_transform(
       partition: in place of a seed, from `make_partition`. Its tables are then arguments of the compiled program instead of
         constants in it, and it fixes targets, scheme, scope and isometric.
       targets: which leaves to adapt: regular expression(s) searched for in the leaf's path, a predicate `(path, leaf)`,
-        a `Layout`, or None for every floating-point leaf. See `canonical_layout`.
+        a `Layout`, or None for every floating-point leaf that is a parameter. See `canonical_layout`.
       scheme: "balanced-v1", "splitmix64" or "signed_magnitude"; see `partition.py`.
       scope: "global", or "block" for a slice of theta for each numbered block ("transformer_block": with the authors' seeds).
       isometric: scale the columns of P so that P^T P = I.
@@ -161,10 +161,12 @@ def bind(
                 if dither and weight.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
                     raise ValueError(f"apply='dither' rounds to bfloat16, but {view.leaf.path!r} is {weight.dtype}. Use apply='sum'.")
             apart = [apply == "split" and is_kernel(view.leaf.path, weight) for view, weight in zip(views, weights)]
-            added_to = [jnp.zeros_like(weight) if alone else weight for weight, alone in zip(weights, apart)]
+            held = [weight.astype(wide(weight.dtype)) if is_narrow(weight.dtype) else weight for weight in weights]
+            added_to = [jnp.zeros_like(weight) if alone else weight for weight, alone in zip(held, apart)]
             results = primitive.adapt(call, table, added_to, Where(keys, layer, None, drop), kernels)
             for view, weight, result, alone in zip(views, weights, results, apart):
-                adapted.setdefault(view.leaf.path, {})[view.layer] = Split(weight, result) if alone else result
+                new = Split(weight, result) if alone else result.astype(weight.dtype)
+                adapted.setdefault(view.leaf.path, {})[view.layer] = new
         return replace_leaves(
             params, {path: of[None] if None in of else _stacked([of[n] for n in sorted(of)]) for path, of in adapted.items()}
         )  # fmt: skip

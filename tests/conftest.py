@@ -21,4 +21,5 @@ if (
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("gpart", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("long", deadline=None, max_examples=2000)  # pytest --hypothesis-profile=long tests/test_fuzz.py
 settings.load_profile("gpart")

@@ -6,6 +6,7 @@ import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
 from gpart_jax import (
+    Adapter,
     bitfit,
     chain,
     fastfood,
@@ -301,3 +302,21 @@ def test_a_spec_names_a_method_and_the_head_beside_it(params):
 def test_bad_options_are_named(params, make, message):
     with pytest.raises(ValueError, match=message):
         make(params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+@pytest.mark.parametrize("method", [
+    gpart(8, 1), gpart(8, 1, scheme="splitmix64"), gpart(8, 1, scheme="signed_magnitude"), gpart(8, 1, apply="split"), lora(2),
+    lora(2, apply="factors"), vera(2), uni_lora(8, 2), fastfood(8), bitfit("kernel"), full(),
+], ids=lambda method: f"{method.name}-{method.options.get('scheme', '')}{method.options.get('apply', '')}")  # fmt: skip
+def test_float8_is_adapted_in_float32_and_rounded_back(method, dtype):
+    narrow = {"some/kernel": jnp.linspace(-1, 1, 64).reshape(8, 8).astype(dtype)}
+    wide = {"some/kernel": narrow["some/kernel"].astype(jnp.float32)}
+    trainable = jax.tree.map(lambda x: x + jnp.linspace(0, 1, x.size).reshape(x.shape), method.init(wide, jax.random.key(0)))
+    assert jax.tree.map(jnp.dtype, method.init(narrow, jax.random.key(0))) == jax.tree.map(jnp.dtype, trainable)
+    expected = method.apply(wide, trainable)["some/kernel"].astype(dtype)
+    found = Adapter.of(method, trainable, narrow).merge(narrow).params["some/kernel"]
+    for adapted in (method.apply(narrow, trainable)["some/kernel"], found):
+        assert adapted.dtype == dtype
+        np.testing.assert_array_equal(adapted.astype(jnp.float32), expected.astype(jnp.float32))
+    assert jnp.isfinite(jax.tree.leaves(jax.grad(lambda t: method.apply(narrow, t)["some/kernel"].astype("f").sum())(trainable))[0]).all()

@@ -6,6 +6,7 @@ import json
 from typing import NamedTuple
 
 import equinox as eqx
+import flax.core
 import flax.linen as nn
 import flax.nnx as nnx
 import jax
@@ -15,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpart_jax import Layout, Leaf, canonical_layout
-from gpart_jax.targets import named_leaves, replace_leaves, select
+from gpart_jax import Adapter, Layout, Leaf, canonical_layout, full, gpart
+from gpart_jax.targets import floating, named_leaves, replace_leaves, select
 
 
 def array(*shape, dtype=jnp.float32):
@@ -336,3 +337,42 @@ def test_an_nnx_module_and_its_state_are_numbered_alike():
     assert {"w", "w2", "linear/kernel", "norm/mean"} <= set(paths) and not any(path.endswith("/value") for path in paths)
     changed = replace_leaves(model, {"w": jnp.zeros(4)})
     assert isinstance(changed, Model) and not changed.w[...].any() and changed.w2[...].all()
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.linear, self.norm = nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.dropout, self.steps, self.mean = nnx.Dropout(0.5, rngs=rngs), nnx.Variable(jnp.array(3)), nnx.Variable(jnp.ones(4))
+
+
+def linen():
+    return {"params": {"norm": {"scale": jnp.ones(4)}}, "batch_stats": {"norm": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}}
+
+
+@pytest.mark.parametrize("make, parameters", [
+    (lambda: nnx.state(Net(nnx.Rngs(0))), {"linear/bias", "linear/kernel", "norm/bias", "norm/scale"}),
+    (lambda: Net(nnx.Rngs(0)), {"linear/bias", "linear/kernel", "norm/bias", "norm/scale"}),
+    (linen, {"params/norm/scale"}), (lambda: flax.core.freeze(linen()), {"params/norm/scale"}),
+    (lambda: {"teacher": linen(), "x": jnp.ones(1)}, {"teacher/params/norm/scale", "x"}),
+    (lambda: linen()["batch_stats"], {"norm/mean", "norm/var"}),  # of themselves nothing says what they are
+    (lambda: {"w": jnp.ones(2), "key": jax.random.key(0), "old": jax.random.PRNGKey(0), "n": jnp.arange(2), "b": jnp.ones(1, bool)}, {"w"}),
+])  # fmt: skip
+def test_without_targets_parameters_alone_are_adapted(make, parameters):
+    """State stays as it is, through all that goes by targets; an adapter's fingerprint of the base still covers it."""
+    params = make()
+    assert canonical_layout(params) == canonical_layout(params, [f"^{path}$" for path in sorted(parameters)])
+    assert {leaf.path for leaf in canonical_layout(params).leaves} == parameters
+    for method in (gpart(1, 5), full()):
+        trainable = jax.tree.map(lambda x: x + 9, method.init(params, jax.random.key(0)))
+        adapter = Adapter.of(method, trainable, params)
+        for adapted in (method.apply(params, trainable), adapter.merge(params).params):
+            for (path, before), (_, after) in zip(named_leaves(params), named_leaves(adapted)):
+                assert (after is before) == (path not in parameters), path
+        other = {path: leaf + 1 for path, leaf in floating(params).items() if path not in parameters}
+        if other:
+            with pytest.raises(ValueError, match="base model's weights"):
+                adapter.on(replace_leaves(params, other))
+
+
+def test_state_that_is_named_is_adapted():
+    assert [leaf.path for leaf in canonical_layout(linen(), "mean").leaves] == ["batch_stats/norm/mean"]

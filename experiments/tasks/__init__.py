@@ -4,8 +4,6 @@ import functools
 import inspect
 import pathlib
 
-import tokenizers
-
 from experiments.data import Task
 from experiments.tasks.glue import FIELDS, load_glue
 from experiments.tasks.lexicon import load_lexicon
@@ -15,7 +13,7 @@ from experiments.text import packed, with_lengths
 from gpart_jax.models.encoder import EncoderConfig
 from gpart_jax.models.pretrained_decoder import read_decoder_config
 from gpart_jax.models.storage import read_config
-from gpart_jax.models.vocabulary import load_vocabulary
+from gpart_jax.models.vocabulary import load_vocabulary, read_tokenizer
 
 TEXT, IMAGES, LANGUAGE = "text", "images", "language"
 TASKS = {  # name -> what a model of it reads, and the function that loads it
@@ -54,7 +52,7 @@ def load_task(spec: dict, where: pathlib.Path | None, seed: int) -> Task:
     name = options.pop("name", None)
     kind, load = task_kind(name), TASKS[name][1]
     if kind == TEXT:
-        tokenizer = read_tokenizer(where)
+        tokenizer = read_tokenizer(where / "tokenizer.json")
         load = functools.partial(load, tokenizer, pad=EncoderConfig.from_hf(read_config(where)).pad_token_id)
     elif kind == LANGUAGE:
         load = functools.partial(load, load_vocabulary(where, read_decoder_config(where).vocab_size))
@@ -67,16 +65,3 @@ def load_task(spec: dict, where: pathlib.Path | None, seed: int) -> Task:
     task = load(seed=seed, **options)
     task = packed(task, seed) if pack else task
     return task if lengths is None else with_lengths(task, lengths)
-
-
-def read_tokenizer(model_dir: pathlib.Path | None) -> tokenizers.Tokenizer:
-    """The tokenizer beside a model's weights.
-
-    Raises:
-      FileNotFoundError: there is none.
-    """
-    if model_dir is None or not (model_dir / "tokenizer.json").is_file():
-        raise FileNotFoundError(
-            f"{model_dir} holds no tokenizer.json. Save the model's fast tokenizer beside its weights."
-        )
-    return tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))

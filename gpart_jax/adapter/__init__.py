@@ -36,9 +36,10 @@ from gpart_jax.targets import (
     PyTree,
     Targets,
     canonical_layout,
+    floating,
     named_leaves,
     replace_leaves,
-    select,
+    wide,
 )
 
 logger = logging.getLogger(__name__)
@@ -215,11 +216,14 @@ class Adapter:
           dtype: of all floating-point leaves; None leaves each as it is.
 
         Raises:
-          ValueError: as `on`.
+          ValueError: as `on`; a number that isn't finite, in the adapter or, once rounded, in the model; names where.
         """
+        for name, array in self.tensors.items():
+            if count := int((~np.isfinite(array)).sum()):
+                raise ValueError(f"The adapter's {name} isn't finite: {count} of {array.size} are NaN or infinite. Train it again.")
         method, trainable = self.on(params)
         replaced, adapt = _replaced(trainable), _adapting(method, params)
-        frozen = {path: jnp.asarray(leaf) for path, leaf in select(params).items()}
+        frozen = {path: jnp.asarray(leaf) for path, leaf in floating(params).items()}
 
         def compute(frozen, trainable, tables):
             exact = adapt(jax.tree.map(_wide, frozen), trainable, tables)
@@ -234,6 +238,12 @@ class Adapter:
         new, rounding, update = _jit_in_place(compute, frozen, trainable, method.tables(params))
         if dtype is not None:
             new = {path: leaf.astype(dtype) for path, leaf in frozen.items() if leaf.dtype != dtype} | new
+        finite = jax.jit(lambda new: {path: jnp.isfinite(leaf).all() for path, leaf in new.items()})(new)
+        if bad := [path for path, whole in finite.items() if not whole]:
+            raise ValueError(
+                f"{bad[0]}{f' and {len(bad) - 1} more' if bad[1:] else ''} would hold NaN or infinities in {new[bad[0]].dtype}: the "
+                "sum is beyond its range, or the base isn't finite. Merge in float32 or bfloat16, or look at the adapter's norm."
+            )
         kept = {path: leaf for path, leaf in named_leaves(params) if path in new}
         return Merged(replace_leaves(params, new), kept, float(rounding), float(update))
 
@@ -254,7 +264,7 @@ class Adapter:
             )
         method, trainable = self.on(params, merged=True)
         replaced, adapt = _replaced(trainable), _adapting(method, params)
-        merged = {path: jnp.asarray(leaf) for path, leaf in select(params).items()}
+        merged = {path: jnp.asarray(leaf) for path, leaf in floating(params).items()}
 
         def compute(merged, trainable, tables):
             deltas = adapt(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), merged), trainable, tables)
@@ -392,7 +402,7 @@ def _identity(spec: dict, head_targets: Targets, params, kept: Iterable[str]) ->
 
 def _adapting(method: Method, params):
     """adapt(leaves, trainable, tables): those of the leaves, by path, that the method changes, changed."""
-    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in select(params).items()}
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in floating(params).items()}
     like = replace_leaves(params, shapes)
 
     def adapt(leaves, trainable, tables):
@@ -416,7 +426,7 @@ def _replaced(trainable: dict) -> set[str]:
 
 
 def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))
 
 
 def _to_plain(layout: Layout) -> dict:

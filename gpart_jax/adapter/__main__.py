@@ -7,6 +7,7 @@
   gpart-adapter to-peft runs/sst2/adapter.safetensors FacebookAI/roberta-base checkpoint/
   gpart-adapter from-peft checkpoint/ FacebookAI/roberta-base adapter.safetensors
 
+What is written never takes the place of what it is made from; of anything else that is there already, with --overwrite.
 `python -m gpart_jax.adapter` is the same. inspect and diff need nothing but the library; the others read base models, with Flax:
 pip install 'gpart_jax[experiments]'.
 
@@ -48,10 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     merge.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights")
     command(_diff, "diff", "how two adapters differ", "file", "other")
-    command(
+    to_peft = command(
         _to_peft, "to-peft", "write an adapter as a checkpoint of the authors' release", "file", "base", "directory"
     )
-    command(_from_peft, "from-peft", "read such a checkpoint into an adapter file", "directory", "base", "file")
+    from_peft = command(_from_peft, "from-peft", "read such a checkpoint into an adapter file", "directory", "base", "file")
+    for writes in (merge, to_peft, from_peft):
+        writes.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote there")
     options = vars(parser.parse_args(arguments))
     function = options.pop("function")
     options.pop("command")
@@ -92,13 +95,13 @@ def _check(file: str, base: str) -> int:
     return 0
 
 
-def _merge(file: str, base: str, directory: str, dtype: str | None) -> int:
+def _merge(file: str, base: str, directory: str, dtype: str | None, overwrite: bool) -> int:
     from gpart_jax.interop import huggingface
+    from gpart_jax.models import output
 
     adapter = load_adapter(file)
-    model, params = huggingface.load_base(base, adapter)
-    merged = adapter.merge(params, dtype)
-    huggingface.export(directory, model, merged.params, tokenizer=base)
+    output.check_inputs(directory, [file])
+    merged = huggingface.merge(adapter, base, directory, dtype, overwrite=overwrite)
     print(f"{directory} holds {base} with {file}: {adapter.n:,} weights moved by {merged.update:.6g} in all.")
     share = f", {merged.rounding / merged.update:.3%} of that" if merged.update else ""
     print(f"Rounding to {dtype or 'the dtype of the base'} cost {merged.rounding:.6g}{share}.")
@@ -123,18 +126,26 @@ def _diff(file: str, other: str) -> int:
     return 0 if same else 1
 
 
-def _to_peft(file: str, base: str, directory: str) -> int:
+def _to_peft(file: str, base: str, directory: str, overwrite: bool) -> int:
     from gpart_jax.interop import huggingface, peft
+    from gpart_jax.models import output
+    from gpart_jax.models.storage import locate
 
     adapter = load_adapter(file)
+    output.check_directory(directory, overwrite=overwrite, inputs=[file, locate(base)], described=peft.CONFIG)
     peft.write(directory, adapter, *huggingface.load_base(base, adapter), base_model=base)
     print(f"{directory} holds {file} as a PEFT checkpoint.")
     return 0
 
 
-def _from_peft(directory: str, base: str, file: str) -> int:
+def _from_peft(directory: str, base: str, file: str, overwrite: bool) -> int:
     from gpart_jax.interop import huggingface, peft
+    from gpart_jax.models import output
+    from gpart_jax.models.storage import locate
 
+    target = output.check_inputs(file, [directory, locate(base)])
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise ValueError(f"{file} is there already. Give a new file, or, if it is an adapter to be replaced, --overwrite.")
     adapter: Adapter = peft.read(directory, *huggingface.load_base(base))
     adapter.save(file)
     print(f"{file} holds {directory}: d = {adapter.method['d']:,}, {adapter.n:,} adapted weights.")

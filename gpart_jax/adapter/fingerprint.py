@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpart_jax.targets import PyTree, Targets, select
+from gpart_jax.targets import PyTree, Targets, floating, select
 
 
 def base_fingerprint(params: PyTree, head_targets: Targets = None) -> str:
@@ -23,7 +23,7 @@ def base_fingerprint(params: PyTree, head_targets: Targets = None) -> str:
     """
     own = select(params, head_targets) if head_targets is not None else {}
     digest = hashlib.sha256()
-    for path, leaf in select(params).items():
+    for path, leaf in floating(params).items():
         if path not in own:  # awaited one by one: sums over processes that overtake one another may never end
             digest.update(f"{path}{tuple(leaf.shape)}".encode() + np.asarray(_checksum(leaf)).astype("<u4").tobytes())
     return digest.hexdigest()[:16]

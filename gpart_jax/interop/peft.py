@@ -31,7 +31,8 @@ from gpart_jax import sharding
 from gpart_jax.adapter import Adapter
 from gpart_jax.methods import from_spec
 from gpart_jax.models import pretrained, pretrained_decoder
-from gpart_jax.models.storage import replace
+from gpart_jax.models.fields import stated
+from gpart_jax.models.storage import read_json, replace
 from gpart_jax.targets import Layout, Leaf, PyTree, named_leaves
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,7 +109,7 @@ def read(directory: str | os.PathLike, model: nn.Module, params: PyTree) -> Adap
     """
     directory = pathlib.Path(directory)
     stored = _read_config(directory / CONFIG)
-    config = _DEFAULTS | stored
+    config = _DEFAULTS | stated(stored)
     try:
         with safetensors.safe_open(directory / TENSORS, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -125,8 +126,8 @@ def read(directory: str | os.PathLike, model: nn.Module, params: PyTree) -> Adap
         path = ours.get(name.removeprefix(PREFIX))
         if path is None or not name.startswith(PREFIX):
             raise ValueError(f"{directory / TENSORS} holds {name!r}, which is neither theta nor a leaf of this model.")
-        axes = pretrained.kernel_axes(path, tensor.ndim)
-        if tuple(tensor.shape[axis] for axis in axes) != tuple(leaves[path].shape):
+        axes = pretrained.kernel_axes(path, leaves[path].ndim)
+        if tensor.ndim != len(axes) or tuple(tensor.shape[axis] for axis in axes) != tuple(leaves[path].shape):
             raise ValueError(f"{name!r} has shape {tensor.shape}, but the model's {path} is {leaves[path].shape}.")
         head[path] = tensor.transpose(axes)
     if both := sorted(head.keys() & {leaf.path for leaf in chosen.leaves}):
@@ -189,7 +190,7 @@ def write(
         back = np.argsort(pretrained.kernel_axes(path, array.ndim))
         tensors[PREFIX + names[path]] = np.ascontiguousarray(array.transpose(back))
     stored = adapter.metadata.get("peft", {})
-    if stored and _layout_of(_DEFAULTS | stored, model, params) != targets:
+    if stored and _layout_of(_DEFAULTS | stated(stored), model, params) != targets:
         stored = {}  # of another adapter
     config = {
         "auto_mapping": None, "base_model_name_or_path": base_model, "inference_mode": True, "layers_pattern": None,
@@ -227,11 +228,8 @@ def _layout_of(config: dict, model: nn.Module, params) -> Layout:
 def _read_config(file: pathlib.Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing. Give a directory that holds {CONFIG} and {TENSORS}.")
-    try:
-        stored = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is not a JSON object ({error}). Download or copy it again.") from None
-    config = _DEFAULTS | stored
+    stored = read_json(file)
+    config = _DEFAULTS | stated(stored)
     for option, values in _FIXED.items():
         if config.get(option) not in values:
             raise ValueError(
@@ -245,6 +243,20 @@ def _read_config(file: pathlib.Path) -> dict:
     targets = config.get("target_modules")
     if not targets or targets == "all-linear" or not isinstance(targets, (list, str)):
         raise ValueError(f"{file} has target_modules {targets!r}, which PEFT resolves by itself. List the modules.")
+    kinds = {
+        "target_modules": (str, str), "layers_pattern": (str, str), "layers_to_transform": (int, int), "isometric": (bool, None),
+        "gpart_dropout": ((int, float), None), "init_bound": ((int, float), None),
+    }  # fmt: skip
+    for option, (kind, of_list) in kinds.items():
+        value = config.get(option)
+        listed = of_list and isinstance(value, list) and all(isinstance(one, of_list) for one in value)
+        if not (value is None or isinstance(value, kind) or listed):
+            raise ValueError(f"{file} has {option} {str(value)[:60]!r}, which it can't be.")
+    try:
+        for pattern in (targets, config.get("layers_pattern")):
+            re.compile(pattern if isinstance(pattern, str) else "|".join(pattern or []))
+    except re.error as error:
+        raise ValueError(f"{file} has a pattern that is none: {error}.") from None
     return stored
 
 

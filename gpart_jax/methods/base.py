@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gpart_jax.linear import merged
+from gpart_jax.linear import add, merged
 from gpart_jax.sharding import one_copy
 from gpart_jax.targets import Layout, Params, PyTree, Targets, canonical_layout, named_leaves, replace_leaves
 
@@ -128,7 +128,7 @@ def adding(deltas: Callable[[str, Any], jax.Array | None]) -> Callable:
         adapted = {}
         for path, leaf in named_leaves(part):
             if (delta := deltas(path, layer)) is not None:
-                adapted[path] = (leaf + delta).astype(leaf.dtype)
+                adapted[path] = add(leaf, delta)
         return replace_leaves(part, adapted)
 
     return adapt

@@ -7,7 +7,7 @@ adapted leaf has the frozen one's dtype.
 import jax.numpy as jnp
 
 from gpart_jax.methods.base import Method, layer_of, one_of, registered
-from gpart_jax.targets import Targets, named_leaves, replace_leaves, select
+from gpart_jax.targets import Targets, named_leaves, replace_leaves, select, wide
 
 
 @registered()
@@ -59,7 +59,7 @@ def _leaves(name: str, targets: Targets, exclude: Targets = None) -> Method:
         left_out = set() if exclude is None else set(select(params, exclude))
         chosen = {path: leaf for path, leaf in select(params, targets).items() if path not in left_out}
         # Copies: a train step may donate its trainable, and params must survive that.
-        return {name: {path: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True) for path, leaf in chosen.items()}}
+        return {name: {path: jnp.array(leaf, wide(leaf.dtype), copy=True) for path, leaf in chosen.items()}}
 
     def bind(params, trainable, key=None, on_mesh=False, tables=None, rows=None):
         del params, key, tables, rows

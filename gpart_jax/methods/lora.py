@@ -45,7 +45,7 @@ def _low_rank(factors: Callable, apply: str, dropout: float, key: jax.Array | No
                 continue
             a, b = pair
             if apply == "sum" or not linear.is_kernel(path, leaf):
-                adapted[path] = (leaf + a @ b).astype(leaf.dtype)
+                adapted[path] = linear.add(leaf, a @ b)
                 continue
             keys = None
             if key is not None:

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from gpart_jax.linear import merged
 from gpart_jax.models.attention import Pattern, attend, choose
 from gpart_jax.models.cross_entropy import token_losses
+from gpart_jax.models.fields import check_fields, stated
 from gpart_jax.models.linear import Dense
 from gpart_jax.models.remat import remat
 from gpart_jax.sharding import undivided
@@ -40,14 +41,36 @@ HF_NAMES = {  # fields of DecoderConfig that config.json calls otherwise
     "tied": "tie_word_embeddings",
     "family": "model_type",
 }
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # config.json's names of what a layer sees
+HF_DEFAULTS: dict[str, Any] = {  # of their classes, for what a file leaves out; a model's sizes are always there
+    "rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "initializer_range": 0.02, "tie_word_embeddings": False,
+}  # fmt: skip
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28},
+    "gemma": {"num_key_value_heads": 16, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's: frequencies of long wavelengths are divided by `factor`, those between two bounds by something less."""
+    """Llama 3.1's: frequencies of long wavelengths are divided by `factor`, those between two bounds by something less.
+
+    Raises:
+      ValueError: a factor below 1, or bounds that don't follow one another.
+    """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self):
+        check_fields(self, {})
+        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(f"{self}: the factor must be at least 1, and low_freq_factor between 0 and high_freq_factor.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +99,9 @@ class DecoderConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
+        check_fields(self, HF_NAMES)
+        if self.rope_theta <= 0 or self.head_dim % 2:
+            raise ValueError(f"rope_theta {self.rope_theta} must be above 0, and head_dim {self.head_dim} even.")
         if self.family not in FAMILIES:
             raise ValueError(f"family {self.family!r} is not supported. Use one of {', '.join(FAMILIES)}.")
         if self.hidden_act not in ACTIVATIONS:
@@ -97,33 +123,23 @@ class DecoderConfig:
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"config.json has model_type {family!r}; this decoder is {', '.join(FAMILIES)}.")
-        heads = config.get("num_attention_heads") or 1
-        defaults = {
-            "num_key_value_heads": heads,
-            "head_dim": (config.get("hidden_size") or 0) // heads,
-            "rope_theta": 10_000.0,
-            "tie_word_embeddings": family == "gemma",  # what the class has where the file says nothing
-            "initializer_range": 0.02,
-        }
-        config = defaults | {name: value for name, value in config.items() if value is not None}
-        if family == "gemma":  # its first files say "gelu" and mean this
-            config["hidden_act"] = config.get("hidden_activation", "gelu_pytorch_tanh")
-        if family == "qwen2":
-            layers = config.get("num_hidden_layers", 0)
-            unlimited = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
-            if unlimited >= layers:
-                config.pop("sliding_window", None)
-            elif unlimited > 0:
-                raise ValueError(
-                    f"config.json has max_window_layers {unlimited} of {layers}; in this decoder a sliding window is of "
-                    "all layers or none."
-                )
-        for name in ("attention_bias", "mlp_bias"):
-            if config.get(name):
-                raise ValueError(f"config.json has {name} true; this decoder has no such biases.")
-        rope = config.get("rope_parameters", {})  # transformers 5 has both in here
-        config["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
-        config["rope_scaling"] = _rope_scaling(rope or config.get("rope_scaling"))
+        for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
+            if config.get(name) not in (None, False):
+                raise ValueError(f"config.json has {name} {config[name]!r}; this decoder computes it only without.")
+        defaults = HF_DEFAULTS | FAMILY_DEFAULTS[family]
+        for name in {"num_key_value_heads", "sliding_window"} & config.keys() - stated(config).keys():
+            defaults.pop(name, None)  # to these null says something: as many as heads, and no window
+        config = defaults | stated(config)
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+            if type(config.get(name, 1)) is not int or config.get(name, 1) < 1:
+                raise ValueError(f"config.json has {name} {config[name]!r}; it must be a whole number above 0.")
+        heads = config.get("num_attention_heads", 1)
+        config.setdefault("num_key_value_heads", heads)
+        config.setdefault("head_dim", config.get("hidden_size", 0) // heads)
+        if family == "gemma":
+            config["hidden_act"] = _gemma_act(config)
+        config["sliding_window"] = _window(config, family)
+        config["rope_theta"], config["rope_scaling"] = _rope_of(config)
         optional = {"sliding_window", "rope_scaling"}
         fields = {field.name: HF_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
         missing = [name for name in fields.values() if config.get(name) is None and name not in optional]
@@ -144,17 +160,61 @@ class DecoderConfig:
         return config
 
 
-def _rope_scaling(described: dict | None) -> RopeScaling | None:
-    described = {name: value for name, value in (described or {}).items() if name != "rope_theta"}
+def _gemma_act(config: dict[str, Any]) -> str:
+    """Their first files say "gelu" and mean its approximation; some have a second field for what is meant."""
+    said = [config[name] for name in ("hidden_act", "hidden_activation") if name in config]
+    meant = ["gelu_pytorch_tanh" if act == "gelu" else act for act in said]
+    if meant[0] != meant[-1]:
+        raise ValueError(f"config.json has hidden_act {said[0]!r} and hidden_activation {said[1]!r}. Leave the right one.")
+    return meant[0]
+
+
+def _window(config: dict[str, Any], family: str) -> int | None:
+    """The sliding window of all layers, as the family's class in transformers has it."""
+    if family == "mistral":
+        return config.get("sliding_window")
+    if family != "qwen2":
+        return None  # whatever the file says
+    layers, kinds, unlimited, use = (
+        config.get(name) for name in ("num_hidden_layers", "layer_types", "max_window_layers", "use_sliding_window")
+    )
+    if not isinstance(use, bool) or type(unlimited) is not int:
+        raise ValueError(f"config.json has use_sliding_window {use!r} and max_window_layers {unlimited!r}: not a bool and an int.")
+    window = config.get("sliding_window") if use else None
+    if kinds is None:
+        first = layers or 0 if window is None else min(max(unlimited, 0), layers or 0)
+        kinds, said = [FULL] * first + [SLIDING] * ((layers or 0) - first), f"max_window_layers {unlimited} of {layers}"
+    else:
+        said = f"layer_types {str(kinds)[:80]}"
+        if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in (FULL, SLIDING) for kind in kinds):
+            raise ValueError(f"config.json has {said}; it must name {FULL} or {SLIDING} for each of {layers} layers.")
+    if FULL in kinds and SLIDING in kinds:
+        raise ValueError(f"config.json has {said}; in this decoder a sliding window is of all layers or none.")
+    if SLIDING in kinds and window is None:
+        raise ValueError(f"config.json has {said}, but no sliding window (use_sliding_window, sliding_window).")
+    return window if SLIDING in kinds else None
+
+
+def _rope_of(config: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
+    """(rope_theta, the scaling). transformers 5 has both in rope_parameters."""
+    described = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(described, dict) or any(isinstance(value, dict) for value in described.values()):
+        raise ValueError(f"config.json has rotary parameters {str(described)[:80]}; this decoder has one set for all layers.")
+    described = stated(described)
+    theta = described.pop("rope_theta", config["rope_theta"])
+    if (share := described.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1))) != 1:
+        raise ValueError(f"config.json has partial_rotary_factor {share!r}; this decoder turns whole heads.")
     kind = described.get("rope_type", described.get("type"))
     if not described or kind == "default":
-        return None
+        return theta, None
     if kind != "llama3":
         raise ValueError(f"config.json has rope_scaling {kind!r}; this decoder supports 'llama3' or none.")
+    original = "original_max_position_embeddings"
+    described[original] = config.get(original, described.get(original, config.get("max_position_embeddings")))
     names = [field.name for field in dataclasses.fields(RopeScaling)]
-    if missing := [name for name in names if name not in described]:
+    if missing := [name for name in names if described.get(name) is None]:
         raise ValueError(f"config.json's rope_scaling lacks {', '.join(missing)}. Add what the model was trained with.")
-    return RopeScaling(**{name: described[name] for name in names})
+    return theta, RopeScaling(**{name: described[name] for name in names})
 
 
 class Cache(NamedTuple):

@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from gpart_jax.models.attention import Pattern, attend, choose
+from gpart_jax.models.fields import check_fields, stated
 from gpart_jax.models.linear import Dense
 from gpart_jax.models.remat import remat_layer
 
@@ -62,6 +63,12 @@ HF_NAMES = {  # fields of EncoderConfig that config.json calls otherwise
 }
 
 
+HF_DEFAULTS: dict[str, Any] = {  # of their classes, for what a file leaves out; a model's sizes are always there
+    "position_embedding_type": "absolute", "is_decoder": False, "initializer_range": 0.02, "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "type_vocab_size": 2,
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """The shape of an encoder and its rates of dropout; hashable, so it can be a static argument of `jax.jit`.
@@ -87,8 +94,11 @@ class EncoderConfig:
     family: str = "bert"
 
     def __post_init__(self):
+        check_fields(self, HF_NAMES)
         if self.family not in FAMILIES:
             raise ValueError(f"family {self.family!r} is not supported. Use one of {', '.join(FAMILIES)}.")
+        if self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is beyond the vocabulary of {self.vocab_size} (vocab_size).")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported. Use one of {', '.join(ACTIVATIONS)}.")
         if self.hidden_size % self.num_heads:
@@ -115,9 +125,7 @@ class EncoderConfig:
           ValueError: it describes a model that this file does not compute, or leaves out one of its sizes.
         """
         family = config.get("model_type")
-        # Older files leave out what equals the defaults of their class.
-        defaults = {"position_embedding_type": "absolute", "is_decoder": False, "initializer_range": 0.02}
-        config = defaults | {"layer_norm_eps": 1e-12, "pad_token_id": 1 if family == "roberta" else 0} | config
+        config = HF_DEFAULTS | {"pad_token_id": 1 if family == "roberta" else 0} | stated(config)
         supported = {"model_type": FAMILIES, "position_embedding_type": ("absolute",), "is_decoder": (False,)}
         for name, values in supported.items():
             if config.get(name) not in values:

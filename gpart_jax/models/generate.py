@@ -68,7 +68,8 @@ def generate_each(
       steps: tokens between looks of the host.
 
     Raises:
-      ValueError: no prompts, an empty one, one that leaves no room in the context, or options that don't fit together.
+      ValueError: no prompts, an empty one, one that leaves no room in the context or has a token beyond the vocabulary, or options
+        that don't fit together.
     """
     context, lengths = model.config.max_positions, [len(prompt) for prompt in prompts]
     wanted = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -81,6 +82,9 @@ def generate_each(
             f"Prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, but the model's context is {context}, the "
             "continuation included. Shorten it."
         )
+    vocab_size = model.config.vocab_size
+    if bad := [number for number, prompt in enumerate(prompts) if not 0 <= min(prompt) <= max(prompt) < vocab_size]:
+        raise ValueError(f"Prompt {bad[0]} has a token of none of the model's {vocab_size} (0 to {vocab_size - 1}).")
     if len(wanted) != len(prompts):
         raise ValueError(f"max_new_tokens are {len(wanted)} numbers for {len(prompts)} prompts. Give one for each, or one for all.")
     if min(wanted) < 1 or steps < 1 or (rows is not None and rows < 1):

@@ -5,12 +5,13 @@ PyTorch is never involved.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -120,9 +121,7 @@ def load_vit(
       (model, params): a `ViTClassifier` and its nested dict of float32 arrays.
     """
     directory = locate(source)
-    described = read_preprocessor(directory)
-    given = (name for name in ("image_mean", "image_std") if name in described)
-    normalised: dict[str, Any] = {name: tuple(described[name]) for name in given}
+    normalised: dict[str, Any] = vit.normalisation(read_preprocessor(directory))
     config = dataclasses.replace(ViTConfig.from_hf(read_config(directory)), pooler=pooler, **normalised)
     model = ViTClassifier(config, num_labels, dtype)
     return model, _load(directory, model, jax.eval_shape(model.init, key, model.config.example)["params"], key)
@@ -134,7 +133,8 @@ def _load(directory: pathlib.Path, model: nn.Module, shapes, key: jax.Array):
     with contextlib.ExitStack() as stack:
         found = _find(open_tensors(directory, stack), model, shapes)
         fresh = _fresh(found, config.family, model.num_labels)
-        for number, (path, leaf) in enumerate(expected.items()):
+        # What is drawn comes last: no file vouches for its size until the others fit.
+        for number, (path, leaf) in sorted(enumerate(expected.items()), key=lambda entry: entry[1][0].startswith(fresh)):
             if path.startswith(fresh):
                 params[path] = _draw(jax.random.fold_in(key, number), path, leaf.shape, config.initializer_range)
             elif tensor := found[path]:
@@ -208,6 +208,26 @@ def kernel_axes(path: str, ndim: int) -> tuple[int, ...]:
     return {2: (1, 0), 4: (2, 3, 1, 0)}[ndim]
 
 
+def tensors(model: nn.Module, params: PyTree, known: Collection[str] = ()) -> dict[str, Callable[[], np.ndarray]]:
+    """A checkpoint's tensors by name; each is made where it is called.
+
+    Args:
+      model, params: an `EncoderClassifier` or a `ViTClassifier`; its nested dict, or a part of it.
+      known: names of a checkpoint whose spelling is kept.
+    """
+    made = {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        spelt = names(path, model.config.family)
+        without, prefixed = spelt[:: len(LEAVES[path.rsplit("/", 1)[1]])]
+        usual = without if path.startswith("classifier/") else prefixed
+        made[next((name for name in spelt if name in known), usual)] = functools.partial(_tensor, leaf, path)
+    return made
+
+
+def _tensor(leaf: jax.Array, path: str) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(leaf).transpose(np.argsort(kernel_axes(path, leaf.ndim))))
+
+
 def save(directory: str | os.PathLike, model: nn.Module, params: PyTree, labels: Sequence[str] | None = None) -> None:
     """Writes a model as a Hugging Face directory, config.json and model.safetensors, that `transformers` loads too.
 
@@ -219,11 +239,6 @@ def save(directory: str | os.PathLike, model: nn.Module, params: PyTree, labels:
     """
     directory, config = pathlib.Path(directory), model.config
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-        without, prefixed = names(path, config.family)[:: len(LEAVES[path.rsplit("/", 1)[1]])]
-        stored = np.asarray(leaf).transpose(np.argsort(kernel_axes(path, leaf.ndim)))
-        tensors[without if path.startswith("classifier/") else prefixed] = np.ascontiguousarray(stored)
     hf_names = (vit if config.family == "vit" else encoder).HF_NAMES
     if config.family == "vit":
         size = {"height": config.image_size, "width": config.image_size}
@@ -235,8 +250,17 @@ def save(directory: str | os.PathLike, model: nn.Module, params: PyTree, labels:
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ours}
     described = {hf_names.get(name, name): value for name, value in fields.items()}
     described |= {"architectures": [ARCHITECTURES[config.family]], "num_labels": model.num_labels}
+    described["torch_dtype"] = str(jax.tree.leaves(params)[0].dtype)
     if labels is not None:
-        described["id2label"] = dict(enumerate(labels))
-        described["label2id"] = {label: number for number, label in enumerate(labels)}
+        described |= named(labels)
     replace(directory / "config.json", lambda file: file.write_text(json.dumps(described, indent=2) + "\n"))
-    replace(directory / WEIGHTS, lambda file: safetensors.numpy.save_file(tensors, file, {"format": "pt"}))
+    made = {name: make() for name, make in tensors(model, params).items()}
+    replace(directory / WEIGHTS, lambda file: safetensors.numpy.save_file(made, file, {"format": "pt"}))
+
+
+def named(labels: Sequence[str]) -> dict[str, dict]:
+    """The fields of config.json that name a classifier's outputs."""
+    return {
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }

@@ -5,9 +5,11 @@ itself, so that beside the model there is never more than one in memory.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +81,8 @@ def load_decoder(
         rules = sharding.DECODER_TIED if config.tied else sharding.DECODER
         shardings = traverse_util.flatten_dict(sharding.param_shardings(shapes, mesh, rules), sep="/")
         leaves = traverse_util.flatten_dict(shapes, sep="/")
-        tensors = {path: [_find(stored, name, where) for name in names(path, config)] for path in leaves}
-        params = {path: _place(leaf, shardings[path], path, tensors[path]) for path, leaf in leaves.items()}
+        found = {path: [_find(stored, name, where) for name in names(path, config)] for path in leaves}
+        params = {path: _place(leaf, shardings[path], path, found[path]) for path, leaf in leaves.items()}
     return model, traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -135,6 +137,29 @@ def _turn(path: str) -> slice:
     return slice(None, None, -1 if path.endswith("/kernel") else 1)
 
 
+def tensors(model: Decoder, params: PyTree, known: Collection[str] = ()) -> dict[str, Callable[[], np.ndarray]]:
+    """A checkpoint's tensors by name, a layer's together; each is made where it is called.
+
+    Args:
+      model, params: the model; its nested dict, on a mesh of this process.
+      known: names of a checkpoint whose spelling is kept, as of one that was saved without "model.".
+    """
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    slices = [(name, path, n) for path in leaves for n, name in enumerate(names(path, model.config))]
+    made = {}
+    for name, path, n in sorted(slices, key=lambda entry: (entry[2], entry[1])):
+        bare = name.removeprefix("model.")
+        made[bare if bare in known and name not in known else name] = functools.partial(_tensor, leaves[path], path, n)
+    if model.config.tied and "lm_head.weight" in known:  # some keep a copy, and transformers unties what differs
+        made["lm_head.weight"] = functools.partial(_tensor, leaves["embed/embedding"], "embed/embedding", 0)
+    return made
+
+
+def _tensor(leaf: jax.Array, path: str, n: int) -> np.ndarray:
+    whole = np.asarray(leaf[n] if _is_stacked(path) else leaf)
+    return np.ascontiguousarray(whole.transpose(range(whole.ndim)[_turn(path)]))
+
+
 def save(directory: str | os.PathLike, model: Decoder, params: PyTree, shard_bytes: int = 4 * 2**30) -> None:
     """Writes a model as a Hugging Face directory that `transformers` loads too, with no more than a file in memory.
 
@@ -156,25 +181,23 @@ def save(directory: str | os.PathLike, model: Decoder, params: PyTree, shard_byt
     }
     replace(directory / "config.json", lambda beside: beside.write_text(json.dumps(described, indent=2) + "\n"))
     leaves = traverse_util.flatten_dict(params, sep="/")
-    slices = [(name, path, n) for path in leaves for n, name in enumerate(names(path, config))]
-    shards: list[list[tuple[str, str, int]]] = [[]]
+    sizes = {
+        name: leaf.nbytes // (config.num_layers if _is_stacked(path) else 1)
+        for path, leaf in leaves.items() for name in names(path, config)
+    }  # fmt: skip
+    shards: list[dict[str, Callable]] = [{}]
     size = 0
-    for name, path, n in sorted(slices, key=lambda entry: (entry[2], entry[1])):  # a layer's tensors lie together
-        held = leaves[path].nbytes // (config.num_layers if _is_stacked(path) else 1)
-        if shards[-1] and size + held > shard_bytes:
-            shards.append([])
+    for name, make in tensors(model, params).items():
+        if shards[-1] and size + sizes[name] > shard_bytes:
+            shards.append({})
             size = 0
-        shards[-1].append((name, path, n))
-        size += held
+        shards[-1][name] = make
+        size += sizes[name]
     files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    for file, entries in zip(files if len(files) > 1 else [WEIGHTS], shards):
-        tensors = {}
-        for name, path, n in entries:
-            whole = np.asarray(leaves[path][n] if _is_stacked(path) else leaves[path])
-            tensors[name] = np.ascontiguousarray(whole.transpose(range(whole.ndim)[_turn(path)]))
-        replace(directory / file, lambda beside: safetensors.numpy.save_file(tensors, beside, {"format": "pt"}))
+    for file, shard in zip(files if len(files) > 1 else [WEIGHTS], shards):
+        made = {name: make() for name, make in shard.items()}
+        replace(directory / file, lambda beside: safetensors.numpy.save_file(made, beside, {"format": "pt"}))
     if len(files) > 1:
-        weight_map = {name: file for file, entries in zip(files, shards) for name, _, _ in entries}
-        total = sum(leaf.nbytes for leaf in leaves.values())
-        listed = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        listed = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         replace(index, lambda beside: beside.write_text(json.dumps(listed, indent=2) + "\n"))

@@ -1,12 +1,14 @@
 """Where the weights of a published model lie, and one tensor of them at a time.
 
 A directory holds `config.json` and either `model.safetensors` or several such files listed by
-`model.safetensors.index.json`. For a GGUF file see `gguf_file.py`.
+`model.safetensors.index.json`. For a GGUF file see `gguf_file.py`; for writing directories `output.py`.
 """
 
+import collections
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -20,11 +22,10 @@ import safetensors
 from gpart_jax.files import find, hidden
 
 WEIGHTS = "model.safetensors"
-HUB_FILES = [
-    "config.json",
-    "preprocessor_config.json",
-    *(WEIGHTS, "model-*.safetensors", f"{WEIGHTS}.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"),
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names of what can be read here, and ours
+HUB_FILES = [  # the weights in one format, and what a merged model keeps of the others
+    *(WEIGHTS, "model-*.safetensors"),
+    *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "*LICENSE*", "*NOTICE*"),
 ]
 
 
@@ -89,22 +90,44 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError, ValueError: there is none, or it is no JSON object.
     """
-    return _read_json(directory / "config.json")
+    return read_json(directory / "config.json")
+
+
+def stated_dtype(config: dict[str, Any]) -> str | None:
+    """The dtype that a config.json names; None where it names none, or "auto".
+
+    Raises:
+      ValueError: another than float32, float16 and bfloat16.
+    """
+    for field in ("dtype", "torch_dtype"):  # transformers 5's name, and the one before
+        if (value := config.get(field)) not in (None, "auto"):
+            if value not in DTYPES.values():
+                raise ValueError(f"config.json has {field} {value!r}; what is computed here is {', '.join(DTYPES.values())}.")
+            return value
+    return None
 
 
 def read_preprocessor(directory: pathlib.Path) -> dict[str, Any]:
     """The `preprocessor_config.json` of a model of images; empty where there is none."""
     file = directory / "preprocessor_config.json"
-    return _read_json(file) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
-def _read_json(file: pathlib.Path) -> dict:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is no JSON object.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing. Give a directory that holds config.json and {WEIGHTS}.")
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON object ({error}). Download or copy it again.") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{file} is not a JSON object, but a {type(read).__name__}. Download or copy it again.")
+    return read
 
 
 class Tensor(NamedTuple):
@@ -126,7 +149,7 @@ class Tensor(NamedTuple):
         """
         check_shape(self, shape)
         dtype = self.opened.get_slice(self.name).get_dtype()
-        if dtype not in ("F32", "F16", "BF16"):
+        if dtype not in DTYPES:
             raise ValueError(f"{self.file}: tensor {self.name!r} is {dtype}. Save it as float32, float16 or bfloat16.")
         return self.opened.get_tensor(self.name) if part is ... else self.opened.get_slice(self.name)[part]
 
@@ -146,26 +169,58 @@ def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[s
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged.
     """
-    files = [directory / WEIGHTS]
+    if (directory / WEIGHTS).is_file():
+        opened = _open(directory / WEIGHTS, stack)
+        return {name: Tensor(name, directory / WEIGHTS, opened) for name in opened.keys()}
     index = directory / f"{WEIGHTS}.index.json"
-    if not files[0].is_file():
-        if not index.is_file():
-            raise FileNotFoundError(
-                f"{directory} holds neither {WEIGHTS} nor {index.name}. If it has a pytorch_model.bin, load that with "
-                "transformers and save it again."
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds neither {WEIGHTS} nor {index.name}. If it has a pytorch_model.bin, load that with "
+            "transformers and save it again."
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
+        raise ValueError(f"{index}: its weight_map doesn't give the name of a file to each tensor. Download or copy it again.")
+    files: dict[str, Any] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} is missing, though {index.name} lists it. Download or copy it again.")
+        files[name] = _open(directory / name, stack)
+    held = {name: set(opened.keys()) for name, opened in files.items()}
+    for tensor, name in weight_map.items():
+        if tensor not in held[name]:
+            raise ValueError(
+                f"{directory} holds no tensor {tensor!r} in {name}, where {index.name} says it is. Download or copy both again."
             )
-        files = [directory / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-    stored: dict[str, Tensor] = {}
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, though {index.name} lists it. Download or copy it again.")
-        try:
-            opened = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
-        except (safetensors.SafetensorError, OSError) as error:
-            fix = "Download or copy it again; in a Git checkout, run git lfs pull."
-            raise ValueError(f"{file} is damaged or no safetensors file ({error}). {fix}") from error
-        stored |= {name: Tensor(name, file, opened) for name in opened.keys()}
-    return stored
+    return {tensor: Tensor(tensor, directory / name, files[name]) for tensor, name in weight_map.items()}
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and pathlib.PurePath(name).name == name
+
+
+def _open(file: pathlib.Path, stack: contextlib.ExitStack) -> Any:
+    try:
+        return stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+    except (safetensors.SafetensorError, OSError) as error:
+        fix = "Download or copy it again; in a Git checkout, run git lfs pull."
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}). {fix}") from error
+
+
+def stored_dtype(directory: pathlib.Path) -> str:
+    """The dtype in which most of a model's numbers are stored: some files keep a few, as of rotary angles, in another.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_tensors`; there are no floating-point numbers.
+    """
+    sizes: collections.Counter[str] = collections.Counter()
+    with contextlib.ExitStack() as stack:
+        for tensor in open_tensors(directory, stack).values():
+            if (kind := tensor.opened.get_slice(tensor.name).get_dtype()) in DTYPES:
+                sizes[DTYPES[kind]] += math.prod(tensor.shape)
+    if not sizes:
+        raise ValueError(f"{directory} holds no weights of {', '.join(DTYPES.values())}. Download or save the model again.")
+    return sizes.most_common(1)[0][0]
 
 
 def replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:

@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from gpart_jax.models.attention import Pattern
 from gpart_jax.models.encoder import ACTIVATIONS, Attention, dense, dropout, norm, numbers
+from gpart_jax.models.fields import check_fields, is_number, stated
 from gpart_jax.models.remat import remat_layer
 
 HF_NAMES = {  # fields of ViTConfig that config.json calls otherwise
@@ -60,6 +61,11 @@ class ViTConfig:
     family: str = "vit"
 
     def __post_init__(self):
+        check_fields(self, HF_NAMES)
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) not in (1, self.channels) or not all(map(is_number, values)) or (name == "image_std" and 0 in values):
+                raise ValueError(f"{name} {list(values)} must be a number, or one for each of {self.channels} channels; no std is 0.")
         if self.family != "vit":
             raise ValueError(f"family {self.family!r} is not supported; this model is a 'vit'.")
         if self.hidden_act not in ACTIVATIONS:
@@ -89,7 +95,12 @@ class ViTConfig:
         Raises:
           ValueError: it describes a model that this file does not compute, or leaves out one of its sizes.
         """
-        config = HF_DEFAULTS | config
+        config = HF_DEFAULTS | stated(config)
+        for name in ("image_size", "patch_size"):
+            if isinstance(size := config[name], list):
+                if len(size) != 2 or size[0] != size[1]:
+                    raise ValueError(f"config.json has {name} {str(size)[:60]}; this ViT supports squares.")
+                config[name] = size[0]
         for name, value in {"model_type": "vit", "qkv_bias": True}.items():
             if config.get(name) != value:
                 raise ValueError(f"config.json has {name} {config.get(name)!r}; this ViT supports {value!r}.")
@@ -99,6 +110,29 @@ class ViTConfig:
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}. Add what the model was trained with.")
         return cls(**{field: config[name] for field, name in fields.items()})
+
+
+def normalisation(described: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """image_mean and image_std of a `ViTConfig`, by a preprocessor_config.json: its flags and its factor are folded into them.
+
+    Raises:
+      ValueError: a flag that isn't true or false, a factor or a mean that is no number.
+    """
+    described = {"do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255} | stated(described)
+    for name in ("do_rescale", "do_normalize"):
+        if not isinstance(described[name], bool):
+            raise ValueError(f"preprocessor_config.json has {name} {str(described[name])[:60]!r}; it must be true or false.")
+    factor = described["rescale_factor"] if described["do_rescale"] else 1.0
+    if not is_number(factor) or factor <= 0:
+        raise ValueError(f"preprocessor_config.json has rescale_factor {str(factor)[:60]!r}; it must be a number above 0.")
+    found = {}
+    for name, unchanged in (("image_mean", 0.0), ("image_std", 1.0)):
+        values = described.get(name, 0.5) if described["do_normalize"] else unchanged
+        values = values if isinstance(values, list) else [values]
+        if not all(map(is_number, values)):
+            raise ValueError(f"preprocessor_config.json has {name} {str(values)[:60]}; it must be numbers.")
+        found[name] = tuple(value / (255 * factor) for value in values)
+    return found
 
 
 class ViTClassifier(nn.Module):

@@ -5,8 +5,11 @@ import pytest
 import tokenizers
 
 from experiments import data, text
+from experiments.build import check_ids
 from experiments.tasks import load_task
 from experiments.tasks.lexicon import load_lexicon
+from experiments.text import text_task
+from gpart_jax.models.encoder import EncoderConfig
 
 LEXICON = {"name": "lexicon", "max_length": 16}
 
@@ -159,3 +162,16 @@ def test_a_missing_word_list_names_its_package(tiny_model, monkeypatch):
     tokenizer = tokenizers.Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
     with pytest.raises(FileNotFoundError, match="pip install vaderSentiment"):
         load_lexicon(tokenizer, pad=0, max_length=16, seed=0)
+
+
+@pytest.mark.parametrize("field, ids, words", [
+    ("input_ids", [1, 40], "Example 1 of test, 'b', has input_ids up to 40, but here has vocab_size 40"),
+    ("token_type_ids", [0, 2], "token_type_ids up to 2, but here has type_vocab_size 2"), ("input_ids", [-1, 3], "input_ids up to 3"),
+])  # fmt: skip
+def test_ids_that_the_model_has_no_embedding_of_are_named(field, ids, words):
+    sound = {"text": "a", "input_ids": np.array([39, 0]), "token_type_ids": np.array([0, 1])}
+    task = text_task([sound], [], [sound, sound | {"text": "b", field: np.array(ids)}], labels=None, metrics=(), pad=0, max_length=8)
+    shape = EncoderConfig(40, 16, 1, 2, 32, 16)
+    check_ids(task._replace(test=[sound]), shape, "here")
+    with pytest.raises(ValueError, match=words):
+        check_ids(task, shape, "here")

@@ -127,7 +127,7 @@ def test_rope_where_transformers_5_and_4_put_it():
 
 
 def test_the_sliding_windows_of_qwen2():
-    described = json.loads((DATA / "qwen2" / "config.json").read_text()) | {"sliding_window": 8}  # three layers
+    described = json.loads((DATA / "qwen2" / "config.json").read_text()) | {"sliding_window": 8, "layer_types": None}  # three layers
     for change, window in [
         ({"use_sliding_window": False}, None),
         ({"use_sliding_window": True, "max_window_layers": 3}, None),
@@ -136,3 +136,47 @@ def test_the_sliding_windows_of_qwen2():
         assert DecoderConfig.from_hf(described | change).sliding_window == window
     with pytest.raises(ValueError, match="max_window_layers 2 of 3.*all layers or none"):
         DecoderConfig.from_hf(described | {"use_sliding_window": True, "max_window_layers": 2})
+
+
+LLAMA = dict(
+    model_type="llama", vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=8, intermediate_size=48,
+    max_position_embeddings=64,
+)  # fmt: skip
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize("family, change, field, value", [
+    ("llama", {}, "num_kv_heads", 8), ("mistral", {}, "num_kv_heads", 8), ("gemma", dict(num_attention_heads=16), "num_kv_heads", 16),
+    ("qwen2", dict(num_key_value_heads=None), "num_kv_heads", 8),
+    ("llama", dict(rms_norm_eps=None, hidden_act=None, initializer_range=None, tie_word_embeddings=None), "norm_eps", 1e-6),
+    ("gemma", dict(num_key_value_heads=1, hidden_act="gelu"), "hidden_act", "gelu_pytorch_tanh"), ("gemma", dict(num_key_value_heads=1), "tied", True),
+    ("llama", dict(sliding_window=8), "sliding_window", None), ("mistral", {}, "sliding_window", 4096),
+    ("mistral", dict(sliding_window=None), "sliding_window", None),
+    ("qwen2", dict(num_key_value_heads=1, use_sliding_window=True, sliding_window=None, max_window_layers=0), "sliding_window", None),
+    ("qwen2", dict(num_key_value_heads=1, use_sliding_window=True, layer_types=[SLIDING] * 2), "sliding_window", 4096),
+    ("qwen2", dict(num_key_value_heads=1, use_sliding_window=True, max_window_layers=0, layer_types=[FULL] * 2), "sliding_window", None),
+    ("llama", dict(rope_parameters=dict(rope_theta=None, rope_type=None)), "rope_theta", 1e4),
+    ("llama", dict(rope_scaling=dict(type="default", rope_theta=7), rope_theta=8), "rope_theta", 7),
+])  # fmt: skip
+def test_what_a_file_leaves_out_or_says_null_to_is_as_in_transformers(family, change, field, value):
+    assert getattr(DecoderConfig.from_hf(LLAMA | {"model_type": family} | change), field) == value
+
+
+@pytest.mark.parametrize("family, change, words", [
+    ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention True"),
+    ("qwen2", dict(layer_types=[SLIDING] * 2), "but no sliding window"),
+    ("qwen2", dict(use_sliding_window=True, layer_types=[SLIDING, FULL]), "all layers or none"),
+    ("qwen2", dict(layer_types=[FULL]), "for each of 2 layers"), ("qwen2", dict(layer_types="full"), "layer_types full"),
+    ("qwen2", dict(use_sliding_window="yes"), "use_sliding_window 'yes'"),
+    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    ("llama", dict(rope_parameters={FULL: {"rope_theta": 1.0}}), "one set for all layers"), ("llama", dict(rope_scaling=[1]), "rotary"),
+    ("llama", dict(hidden_size="32"), "hidden_size '32'"), ("llama", dict(num_attention_heads=0), "num_attention_heads 0"),
+    ("llama", dict(vocab_size=4.0), "vocab_size '4.0' must be a whole number"), ("llama", dict(rms_norm_eps=float("nan")), "rms_norm_eps"),
+    ("llama", dict(num_hidden_layers=10**9), "num_hidden_layers"), ("llama", dict(hidden_act=["silu"]), "hidden_act"),
+    ("llama", dict(tie_word_embeddings="false"), "tie_word_embeddings 'false' must be true or false"),
+    ("mistral", dict(sliding_window=0), "sliding_window '0'"), ("gemma", dict(hidden_activation="silu"), "hidden_activation 'silu'"),
+    ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=0, low_freq_factor=1, high_freq_factor=4)), "factor must be at least 1"),
+])  # fmt: skip
+def test_what_is_not_computed_is_refused_by_name(family, change, words):
+    with pytest.raises(ValueError, match=words):
+        DecoderConfig.from_hf(LLAMA | {"model_type": family, "num_key_value_heads": 2} | change)

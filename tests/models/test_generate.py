@@ -164,3 +164,9 @@ def test_top_p_samples_among_the_likeliest():
 def test_what_is_refused(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         run("llama", prompts, **options)
+
+
+def test_a_prompt_with_a_token_beyond_the_vocabulary_is_named():
+    for beyond in (48, -1):
+        with pytest.raises(ValueError, match="Prompt 1 has a token of none of the model's 48"):
+            run("llama", [[5], [7, beyond, 3]])

@@ -182,6 +182,26 @@ def test_truncated_file(tmp_path, size):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("moved, words", [
+    ({"bert.pooler.dense.weight": "model-00001-of-00002.safetensors", "classifier.bias": "model-00001-of-00002.safetensors"},
+     "holds no tensor '.*' in model-00001-of-00002.safetensors, where .*index.json says"),
+    (None, "weight_map doesn't give"), ([], "weight_map doesn't give"), ({"classifier.bias": None}, "weight_map doesn't give"),
+    ({"classifier.bias": "../model-00001-of-00002.safetensors"}, "weight_map doesn't give"),
+])  # fmt: skip
+def test_the_weight_index_is_what_its_map_says(tmp_path, moved, words):
+    """Also where another file holds a tensor of that name, as an older copy."""
+    index = shard(tmp_path) / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": listed["weight_map"] | moved if isinstance(moved, dict) else moved}))
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path)
+    older = load_file(tmp_path / "model-00002-of-00002.safetensors") | {n: x * 0 for n, x in stored().items()}
+    index.write_text(json.dumps({"weight_map": {name: "model-00001-of-00002.safetensors" for name in stored()}}))
+    save_file(stored(), tmp_path / "model-00001-of-00002.safetensors")
+    save_file(older, tmp_path / "model-00002-of-00002.safetensors")
+    assert load(tmp_path)["classifier"]["bias"].any()
+
+
 def test_no_weights(tmp_path):
     (write(tmp_path, stored()) / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor model.safetensors.index.json"):

@@ -308,3 +308,48 @@ def test_vocabulary_of_a_directory(tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="holds no tokenizer_config.json. Save the model's fast tokenizer"):
         load_vocabulary(tmp_path, 4)
+
+
+BEFORE, AFTER, BOTH = "<s> $A", "$A </s>", "<s> $A </s>"
+NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def write_templated(directory, template, described, others=()):
+    write_tokenizer(directory, **NAMED)
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    if template:
+        special = [("<s>", 0), ("</s>", 1)]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(template, special_tokens=special)
+    tokenizer.enable_padding(direction="left", length=9)  # which isn't what the post-processor adds
+    tokenizer.save(str(directory / "tokenizer.json"))
+    for name, content in {"tokenizer_config.json": described, **dict(others)}.items():
+        (directory / name).write_text(json.dumps(content))
+    return directory
+
+
+@pytest.mark.parametrize("template, described, others, found", [
+    (BEFORE, NAMED | {"add_bos_token": None}, {}, (0, (1,))), (BEFORE, {"eos_token": "</s>"}, {}, (0, (1,))),
+    (BOTH, {}, {}, (0, (1,))), (AFTER, {"bos_token": None}, {}, (None, (1,))), (None, NAMED | {"add_bos_token": None}, {}, (None, (1,))),
+    (BOTH, NAMED | {"add_bos_token": False}, {}, (None, (1,))), (None, NAMED | {"add_bos_token": True}, {}, (0, (1,))),
+    (None, {}, {"special_tokens_map.json": {"eos_token": {"content": "</s>"}}}, (None, (1,))),
+    (None, {}, {"generation_config.json": {"eos_token_id": [3, 2]}}, (None, (3, 2))),
+    (None, {}, {"config.json": {"eos_token_id": 2}}, (None, (2,))),
+    (None, NAMED, {"generation_config.json": {"eos_token_id": [2, 1, 99]}, "config.json": {"eos_token_id": 3}}, (None, (1, 2))),
+    (None, NAMED, {"generation_config.json": {"eos_token_id": None}, "config.json": {"eos_token_id": [1, 3]}}, (None, (1, 3))),
+])  # fmt: skip
+def test_what_begins_and_ends_a_text_is_found_where_it_is_named(tmp_path, template, described, others, found):
+    vocabulary = load_vocabulary(write_templated(tmp_path, template, described, others), 4)
+    assert (vocabulary.bos, vocabulary.ends) == found
+
+
+@pytest.mark.parametrize("template, described, others, words", [
+    (None, None, {}, "tokenizer_config.json is not a JSON object"), (None, [], {}, "tokenizer_config.json is not a JSON object"),
+    (None, {"eos_token": ["</s>"]}, {}, "eos_token .* is no token"), (None, {"eos_token": {"lstrip": False}}, {}, "is no token"),
+    (None, NAMED | {"bos_token": 1, "add_bos_token": True}, {}, "bos_token '1', which is no token"),
+    (None, NAMED | {"add_bos_token": "no"}, {}, "add_bos_token 'no'"), ("<s> <s> $A", NAMED, {}, "puts the tokens .0, 0. before"),
+    (None, NAMED, {"generation_config.json": []}, "generation_config.json is not a JSON object"),
+    (None, NAMED, {"config.json": {"eos_token_id": ["2"]}}, "eos_token_id .'2'."), (None, {}, {}, "eos_token None"),
+])  # fmt: skip
+def test_damaged_tokenizer_files_are_refused_by_name(tmp_path, template, described, others, words):
+    with pytest.raises(ValueError, match=words):
+        load_vocabulary(write_templated(tmp_path, template, described, others), 4)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gpart_jax.models import pretrained
-from gpart_jax.models.vit import ViTClassifier, ViTConfig, resize_positions
+from gpart_jax.models.vit import ViTClassifier, ViTConfig, normalisation, resize_positions
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "vit"
 KEY = jax.random.key(0)
@@ -128,6 +128,43 @@ def test_dropout_acts_in_training_only():
 def test_unsupported_configs(change, message):
     with pytest.raises(ValueError, match=message):
         ViTConfig.from_hf(HF_CONFIG | change)
+
+
+def test_null_is_no_value_and_a_pair_of_equal_sizes_is_a_square():
+    absent = {name: None for name in ("layer_norm_eps", "hidden_act", "num_channels", "qkv_bias", "initializer_range")}
+    config = ViTConfig.from_hf(HF_CONFIG | absent | {"image_size": [32, 32], "patch_size": [8, 8]})
+    assert config == ViTConfig.from_hf(HF_CONFIG | {"image_size": 32, "patch_size": 8})
+    with pytest.raises(ValueError, match=r"image_size \[32, 16\]; this ViT supports squares"):
+        ViTConfig.from_hf(HF_CONFIG | {"image_size": [32, 16]})
+
+
+@pytest.mark.parametrize("described", [
+    {"do_normalize": False}, {"do_rescale": False}, {"do_normalize": False, "do_rescale": False}, {"rescale_factor": 1 / 127.5},
+    {"image_mean": None, "do_rescale": None}, {"image_mean": 0.1, "image_std": 0.2}, {"image_mean": [0.1, 0.2, 0.3]},
+])  # fmt: skip
+def test_an_image_processors_flags_are_folded_into_mean_and_std(described):
+    """By transformers' rule: pixels * rescale_factor, then (x - image_mean) / image_std, each if its flag is on."""
+    found = normalisation(described)
+    stated = {"do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "image_mean": 0.5, "image_std": 0.5} | {
+        name: value for name, value in described.items() if value is not None
+    }
+    pixels = np.arange(256.0)[:, None]
+    expected = pixels * (stated["rescale_factor"] if stated["do_rescale"] else 1)
+    if stated["do_normalize"]:
+        expected = (expected - np.array(stated["image_mean"])) / np.array(stated["image_std"])
+    mean, std = (255 * np.array(found[name]) for name in ("image_mean", "image_std"))
+    np.testing.assert_allclose((pixels - mean) / std, expected, atol=1e-9)
+    assert ViTConfig.from_hf(HF_CONFIG) == ViTConfig(**vars(ViTConfig.from_hf(HF_CONFIG)) | normalisation({}))
+
+
+@pytest.mark.parametrize("described", [
+    {"do_rescale": "no"}, {"rescale_factor": 0}, {"rescale_factor": "1/255"}, {"image_std": 0}, {"image_mean": [0.5, 0.5]},
+    {"image_mean": "0.5"}, {"image_std": [float("nan")]},
+])  # fmt: skip
+def test_a_damaged_image_processor_is_refused_by_name(described):
+    (name,) = described
+    with pytest.raises(ValueError, match=name):
+        ViTConfig(**vars(ViTConfig.from_hf(HF_CONFIG)) | normalisation(described))
 
 
 def test_images_of_the_wrong_size():
