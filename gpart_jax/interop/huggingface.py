@@ -19,7 +19,7 @@ from gpart_jax.models.decoder import FAMILIES, Decoder
 from gpart_jax.models.encoder import EncoderClassifier
 from gpart_jax.models.storage import locate, open_tensors, read_config, stated_dtype, stored_dtype
 from gpart_jax.models.vit import ViTClassifier
-from gpart_jax.targets import PyTree, named_leaves
+from gpart_jax.targets import PyTree
 
 LOAD: dict[str, Callable[..., tuple[nn.Module, dict]]] = {
     "bert": pretrained.load_encoder,
@@ -39,7 +39,7 @@ def _save_decoder(directory, model, params, labels):
 
 
 SAVE = {EncoderClassifier: pretrained.save, ViTClassifier: pretrained.save, Decoder: _save_decoder}
-TENSORS = {
+TENSORS: dict[type[nn.Module], Callable] = {
     EncoderClassifier: pretrained.tensors, ViTClassifier: pretrained.tensors, Decoder: pretrained_decoder.tensors
 }  # fmt: skip
 
@@ -158,9 +158,10 @@ def export(
                 _write_like(where, new, model, whole, labels)
             else:
                 SAVE[type(model)](new, model, whole, labels)
-            for name in TOKENIZER if tokenizer is not None else ():
-                if (file := locate(tokenizer) / name).is_file():
-                    shutil.copyfile(file, new / name)
+            if tokenizer is not None:
+                for file in (locate(tokenizer) / name for name in TOKENIZER):
+                    if file.is_file():
+                        shutil.copyfile(file, new / file.name)
 
     sharding.on_first_process(write)
 
@@ -173,7 +174,7 @@ def _write_like(where: pathlib.Path, new: pathlib.Path, model: nn.Module, params
         changes |= {name: dtype for name in ("dtype", "torch_dtype") if config.get(name) is not None} or {"torch_dtype": dtype}
     if not isinstance(model, Decoder) and "classifier" in params:
         changes["architectures"] = [pretrained.ARCHITECTURES[model.config.family]]
-        if other := model.num_labels != _outputs(config):
+        if model.num_labels != _outputs(config):
             labels = labels or [f"LABEL_{number}" for number in range(model.num_labels)]
             changes |= {"num_labels": model.num_labels} if "num_labels" in config else {}
             changes |= {"problem_type": None} if "problem_type" in config else {}

@@ -39,7 +39,7 @@ def _low_rank(factors: Callable, apply: str, dropout: float, key: jax.Array | No
         key = None
 
     def adapt(part, layer=None):
-        adapted = {}
+        adapted: dict[str, linear.Kernel] = {}
         for path, leaf in named_leaves(part):
             if (pair := factors(path, layer)) is None:
                 continue

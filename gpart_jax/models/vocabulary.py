@@ -75,7 +75,8 @@ def _from_directory(directory: pathlib.Path, vocab_size: int) -> Vocabulary:
     if adds is False:
         before = []
     elif adds and bos is not None:
-        before = [_number(tokenizer, bos, "bos_token", directory)]
+        number = _number(tokenizer, bos, "bos_token", directory)
+        before = [] if number is None else [number]
     if len(before) > 1:
         raise ValueError(f"{directory}: the tokenizer puts the tokens {before} before a text, but only one can be put there here.")
     return Vocabulary(tokenizer, before[0] if before else None, eos, tuple(end for end in stated if end != eos))
