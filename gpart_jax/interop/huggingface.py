@@ -39,7 +39,7 @@ def _save_decoder(directory, model, params, labels):
 
 
 SAVE = {EncoderClassifier: pretrained.save, ViTClassifier: pretrained.save, Decoder: _save_decoder}
-TENSORS = {
+TENSORS: dict[type, Callable[..., output.Lazy]] = {
     EncoderClassifier: pretrained.tensors, ViTClassifier: pretrained.tensors, Decoder: pretrained_decoder.tensors
 }  # fmt: skip
 
@@ -158,9 +158,9 @@ def export(
                 _write_like(where, new, model, whole, labels)
             else:
                 SAVE[type(model)](new, model, whole, labels)
-            for name in TOKENIZER if tokenizer is not None else ():
-                if (file := locate(tokenizer) / name).is_file():
-                    shutil.copyfile(file, new / name)
+            if tokenizer is not None:
+                for file in (file for name in TOKENIZER if (file := locate(tokenizer) / name).is_file()):
+                    shutil.copyfile(file, new / file.name)
 
     sharding.on_first_process(write)
 

@@ -243,7 +243,7 @@ def _read_config(file: pathlib.Path) -> dict:
     targets = config.get("target_modules")
     if not targets or targets == "all-linear" or not isinstance(targets, (list, str)):
         raise ValueError(f"{file} has target_modules {targets!r}, which PEFT resolves by itself. List the modules.")
-    kinds = {
+    kinds: dict[str, tuple[Any, Any]] = {
         "target_modules": (str, str), "layers_pattern": (str, str), "layers_to_transform": (int, int), "isometric": (bool, None),
         "gpart_dropout": ((int, float), None), "init_bound": ((int, float), None),
     }  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def _low_rank(factors: Callable, apply: str, dropout: float, key: jax.Array | No
         key = None
 
     def adapt(part, layer=None):
-        adapted = {}
+        adapted: dict[str, Any] = {}
         for path, leaf in named_leaves(part):
             if (pair := factors(path, layer)) is None:
                 continue

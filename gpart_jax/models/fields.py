@@ -24,7 +24,7 @@ def check_fields(config: Any, hf_names: Mapping[str, str]) -> None:
         if kind in (int, int | None):
             least, largest = LEAST.get(field.name, 1), LARGEST.get(field.name, 2**31 - 1)
             wanted = f"a whole number from {least} to {largest}"
-            right = is_number(value) and isinstance(value, numbers.Integral) and least <= value <= largest
+            right = is_number(value) and isinstance(value, numbers.Integral) and least <= int(value) <= largest
         elif kind in (float, float | None):
             most = 1 if field.name in RATES else 2**31
             wanted = f"a number from 0 to {most}"

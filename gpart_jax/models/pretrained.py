@@ -215,7 +215,7 @@ def tensors(model: nn.Module, params: PyTree, known: Collection[str] = ()) -> di
       model, params: an `EncoderClassifier` or a `ViTClassifier`; its nested dict, or a part of it.
       known: names of a checkpoint whose spelling is kept.
     """
-    made = {}
+    made: dict[str, Callable[[], np.ndarray]] = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         spelt = names(path, model.config.family)
         without, prefixed = spelt[:: len(LEAVES[path.rsplit("/", 1)[1]])]

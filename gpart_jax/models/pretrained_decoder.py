@@ -146,7 +146,7 @@ def tensors(model: Decoder, params: PyTree, known: Collection[str] = ()) -> dict
     """
     leaves = traverse_util.flatten_dict(params, sep="/")
     slices = [(name, path, n) for path in leaves for n, name in enumerate(names(path, model.config))]
-    made = {}
+    made: dict[str, Callable[[], np.ndarray]] = {}
     for name, path, n in sorted(slices, key=lambda entry: (entry[2], entry[1])):
         bare = name.removeprefix("model.")
         made[bare if bare in known and name not in known else name] = functools.partial(_tensor, leaves[path], path, n)

@@ -75,7 +75,7 @@ def _from_directory(directory: pathlib.Path, vocab_size: int) -> Vocabulary:
     if adds is False:
         before = []
     elif adds and bos is not None:
-        before = [_number(tokenizer, bos, "bos_token", directory)]
+        before = [number for number in [_number(tokenizer, bos, "bos_token", directory)] if number is not None]
     if len(before) > 1:
         raise ValueError(f"{directory}: the tokenizer puts the tokens {before} before a text, but only one can be put there here.")
     return Vocabulary(tokenizer, before[0] if before else None, eos, tuple(end for end in stated if end != eos))
