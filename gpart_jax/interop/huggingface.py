@@ -39,7 +39,7 @@ def _save_decoder(directory, model, params, labels):
 
 
 SAVE = {EncoderClassifier: pretrained.save, ViTClassifier: pretrained.save, Decoder: _save_decoder}
-TENSORS: dict[type[nn.Module], Callable] = {
+TENSORS: dict[type, Callable[..., output.Lazy]] = {
     EncoderClassifier: pretrained.tensors, ViTClassifier: pretrained.tensors, Decoder: pretrained_decoder.tensors
 }  # fmt: skip
 
@@ -159,9 +159,8 @@ def export(
             else:
                 SAVE[type(model)](new, model, whole, labels)
             if tokenizer is not None:
-                for file in (locate(tokenizer) / name for name in TOKENIZER):
-                    if file.is_file():
-                        shutil.copyfile(file, new / file.name)
+                for file in (file for name in TOKENIZER if (file := locate(tokenizer) / name).is_file()):
+                    shutil.copyfile(file, new / file.name)
 
     sharding.on_first_process(write)
 
