@@ -16,7 +16,7 @@ from scipy.optimize import isotonic_regression  # noqa: E402
 from scipy.special import softmax  # noqa: E402
 from scipy.stats import norm  # noqa: E402
 
-from experiments.report import UNITS, shown  # noqa: E402
+from experiments.report import UNITS, in_units  # noqa: E402
 from experiments.workdir import read_json, read_lines  # noqa: E402
 from gpart_jax.methods import METHODS, SIZES  # noqa: E402
 
@@ -73,7 +73,7 @@ def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None
     variants: dict[str, int] = collections.Counter()
     for line, points in lines.items():
         method, color = points[0].method, color_of(points[0].method)
-        values = [[shown(column[1], run.results["test"]) for run in row.cells[column]] for row in points]
+        values = [[in_units(column[1], run.results["test"]) for run in row.cells[column]] for row in points]
         medians = [statistics.median(seeds) for seeds in values]
         if len(points) > 1:
             below = [median - min(seeds) for median, seeds in zip(medians, values)]

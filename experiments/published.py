@@ -45,6 +45,7 @@ PROTOCOLS = {
     "Math-PiSSA-T2": "MetaMathQA 100K, 1 epoch, mean of 3", "Math-SVFT-T1": "MetaMathQA 40K", "Math-PSOFT-T4": "MetaMathQA 40K",
     "Math-PSOFT-T13": "MetaMathQA 40K", "Math-MiSS-T5": "MetaMathQA 395K", "Math-C3A-T4": "MetaMathQA 395K, 2 epochs",
 }  # fmt: skip
+NAMED = ("model.source", "task.name", "method.name", "method.rank")  # by what a row of published.csv is known to be a run's
 PLAIN = re.compile(r"(accuracy|matthews|pearson)(\(m\+mm\))?$")  # a metric without a protocol of its own
 COMMANDS = {  # what fills the rows of a table of ours, on the machine that its config names
     ("GLUE", "RoBERTa-base"): "python -m experiments.sweep --config=configs/glue.py:{word},base --seeds=5 --workdir=runs/glue",
@@ -63,6 +64,7 @@ class Figure(NamedTuple):
     spread: str
     source: str
     protocol: str  # empty: not stated
+    named: tuple[str, ...]  # the fields of a run's config that it is known to be of
 
 
 def read() -> list[dict[str, str]]:
@@ -88,7 +90,7 @@ def of_run(config: dict, metric: str, rows: list[dict[str, str]]) -> list[Figure
     found = []
     for entry in json.loads((FOLDER / "published.json").read_text()):
         if entry["config"].items() <= config.items():
-            found.append(Figure(100 * entry["test"], "", entry["source"], entry["protocol"]))
+            found.append(Figure(100 * entry["test"], "", entry["source"], entry["protocol"], tuple(entry["config"])))
     for row in rows:
         method, rank = method_of(row["method"])
         if (
@@ -97,7 +99,8 @@ def of_run(config: dict, metric: str, rows: list[dict[str, str]]) -> list[Figure
             and method == config["method.name"]
             and rank in (None, config.get("method.rank"))
         ):
-            found.append(Figure(float(row["value"]), row["spread"], f"{row['source']} ({row['whose']})", row["protocol"]))
+            source = f"{row['source']} ({row['whose']})"
+            found.append(Figure(float(row["value"]), row["spread"], source, row["protocol"], NAMED))
     return found
 
 

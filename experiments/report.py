@@ -2,6 +2,7 @@
 
 python -m experiments.report --workdir=runs/glue                     all finished runs under a folder, in Markdown
 python -m experiments.report --workdir=runs/glue --out=docs/glue     and as table.md, table.csv, table.tex, pictures
+python -m experiments.report --published                             what others published, and what would fill ours
 """
 
 import collections
@@ -15,20 +16,21 @@ import rich.console
 import rich.table
 from absl import flags
 
+from experiments import published
 from experiments.command import run_command
 from experiments.config import OPERATIONAL, flatten
 from experiments.workdir import MEND, local, read_json
 from gpart_jax.files import find
 from gpart_jax.methods import SIZES
 
-PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 UNITS = {"loss": " (nats a token)"}  # of metrics that aren't shares
 RESULTS = {  # what tables need of results.json, and of which type it is
     "method": str, "task": str, "metric": str, "seed": int, "test": int | float, "trained_numbers": int,
     "adapter_bytes": int | None, "test_by_class": dict,
 }  # fmt: skip
 CONFIG = {"model.source": str | None, "method.name": str}
-FREE = {"seed", "method.seed", *OPERATIONAL}  # what the runs of one cell may differ in
+OF_ONE_CELL = {"seed", "method.seed", *OPERATIONAL}  # what its runs may differ in
+PROTOCOLS = {"heldout": published.HELD_OUT, "scored": published.SCORED, "last": published.LAST}
 
 
 class Run(NamedTuple):
@@ -78,7 +80,7 @@ def _check(path: pathlib.Path, found: dict, needed: dict) -> None:
             raise ValueError(f"{path} is damaged: {key} is {found.get(key, 'missing')!r}. {MEND}")
 
 
-def shown(metric: str, value: float) -> float:
+def in_units(metric: str, value: float) -> float:
     """A metric's value as tables and pictures have it: in percent, but for those of UNITS."""
     return value if metric in UNITS else 100 * value
 
@@ -106,7 +108,7 @@ def rows(runs: list[Run]) -> list[Row]:
     found = {}
     for run in runs:
         name, spec = run.results["method"], _method(run)
-        variant = {field: run.config.get(field) for field in sorted(fields[name] - FREE)}
+        variant = {field: run.config.get(field) for field in sorted(fields[name] - OF_ONE_CELL)}
         shown = [f"{field.removeprefix('method.')} = {_plain(value)}" for field, value in variant.items()]
         title, line = (", ".join([start, *shown]) for start in (label(spec), name))
         row = Row(title, line, name, spec.get(SIZES.get(name)), variant, collections.defaultdict(list))
@@ -196,7 +198,7 @@ def write_csv(runs: list[Run], path: pathlib.Path) -> None:
 
 def _tables(runs: list[Run]) -> tuple[dict[str, list[list[str]]], list[str]]:
     """Each model's table as lines of cells, the first the header; and the sources of the published figures in them."""
-    published, sources, tables = json.loads(PUBLISHED.read_text()), [], {}
+    known, sources, tables, protocols = published.read(), [], {}, set()
     for model, found in by_model(runs).items():
         columns = sorted({column for row in found for column in row.cells})
         titles = [
@@ -210,14 +212,12 @@ def _tables(runs: list[Run]) -> tuple[dict[str, list[list[str]]], list[str]]:
             line = [row.label, *sizes]
             for column in columns:
                 group = row.cells.get(column, [])
-                known = _published(row, group, published)
-                if known and known["source"] not in sources:
-                    sources.append(known["source"])
-                theirs = f"{100 * known['test']:.1f} [{sources.index(known['source']) + 1}]" if known else ""
-                line += [_cell(group), theirs]
+                line += [_cell(group), _published(row, group, column[1], known, sources)]
+                protocols |= {run.results.get("select", "heldout") for run in group}
             lines.append(line)
         tables[model] = lines
-    return tables, [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
+    ours = " or, by row, ".join(sorted(PROTOCOLS[protocol] for protocol in protocols))
+    return tables, [f"Ours: {ours}.", *(f"[{number}] {source}" for number, source in enumerate(sources, 1))]
 
 
 def _method(run: Run) -> dict:
@@ -251,7 +251,7 @@ def _cell(group: list[Run]) -> str:
     if not group:
         return ""
     metric, seeds = group[0].results["metric"], [str(run.results["seed"]) for run in group]
-    values, digits = [shown(metric, run.results["test"]) for run in group], 3 if metric in UNITS else 1
+    values, digits = [in_units(metric, run.results["test"]) for run in group], 3 if metric in UNITS else 1
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return (
         f"{statistics.median(values):.{digits}f} "
@@ -259,13 +259,21 @@ def _cell(group: list[Run]) -> str:
     )
 
 
-def _published(row: Row, group: list[Run], published: list[dict]) -> dict | None:
-    """The figure of the same experiment; where the row is one of several variants, only one that names which."""
-    for known in published:
-        named = known["config"]
-        if group and named.items() <= group[0].config.items() and row.variant.keys() <= named.keys():
-            return known
-    return None
+def _published(row: Row, group: list[Run], metric: str, known: list[dict], sources: list[str]) -> str:
+    """What is published of the same experiment, each with its protocol and number in `sources`, which grows.
+
+    Where the row is one of several variants, only what names which.
+    """
+    figures: dict[tuple, list[int]] = {}
+    for figure in published.of_run(group[0].config, metric, known) if group else ():
+        if row.variant.keys() <= set(figure.named):
+            if figure.source not in sources:
+                sources.append(figure.source)
+            figures.setdefault((figure.value, figure.spread, figure.protocol), []).append(sources.index(figure.source) + 1)
+    return "; ".join(
+        f"{value:g}{f' ± {spread}' if spread else ''}{f' ({protocol})' if protocol else ''} {numbers}"
+        for (value, spread, protocol), numbers in figures.items()
+    )
 
 
 def _tex(text: str) -> str:
@@ -301,6 +309,16 @@ def write(runs: list[Run], out: pathlib.Path) -> None:
 
 
 def main(_):
+    if flags.FLAGS.published:
+        text = published.markdown()
+        print(text)
+        if flags.FLAGS.out:
+            out = local(flags.FLAGS.out)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "published.md").write_text(text)
+        return
+    if flags.FLAGS.workdir is None:
+        raise ValueError("Give the folder of the runs, --workdir, or ask for --published.")
     runs = find_runs(local(flags.FLAGS.workdir))
     print(markdown(runs))
     if flags.FLAGS.out:
@@ -309,6 +327,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder that holds the folders of finished runs.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder that holds the folders of finished runs.")
+    flags.DEFINE_bool("published", False, "Print the figures that others published, instead of runs.")
     flags.DEFINE_string("out", None, "Folder for the tables and pictures; none are written without it.")
     run_command(main)

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

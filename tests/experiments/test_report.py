@@ -45,9 +45,10 @@ def test_a_table_over_seeds(tmp_path):
     # stdev of 80, 81, 85 with n - 1: sqrt(14 / 2)
     assert (
         "| gpart, d = 23,040 | 1,000–1,385 | 4,000–5,540 | 60.0 (mean 60.0; seed 42) |  | "
-        "81.0 (mean 82.0 ± 2.6; seeds 42, 43, 44) | 80.6 [1] |" in table
+        "81.0 (mean 82.0 ± 2.6; seeds 42, 43, 44) | 80.6 (last epoch) [1] |" in table
     )
-    assert "| lora, r = 8 | 1,000 | 4,000 |  |  | 79.0 (mean 79.0; seed 42) | 79.6 [2] |" in table
+    assert "| lora, r = 8 | 1,000 | 4,000 |  |  | 79.0 (mean 79.0; seed 42) | 79.6 (last epoch) [2] |" in table
+    assert "Ours: epoch chosen on held-out data." in table
     assert (
         "| method | trained numbers | adapter bytes | rte, accuracy (%) | published | sst2, accuracy (%) | published |"
         in table
@@ -63,6 +64,17 @@ def test_a_run_that_is_not_finished_has_no_size_and_hidden_runs_do_not_count(tmp
     file = tmp_path / "a" / "results.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"adapter_bytes": None}))
     assert "| gpart, d = 23,040 | 1,000 |  | 80.0 (mean 80.0; seed 42) |" in report.markdown(report.find_runs(tmp_path))
+
+
+def test_published_figures_of_a_recipe_stand_beside_it_with_their_protocols(tmp_path):
+    finished(tmp_path / "a", "cola,base,lora", 0, 0.6, metric="matthews")
+    finished(tmp_path / "b", "cola,base,lora", 1, 0.61, metric="matthews", **{"train.select": "last"})
+    heldout, last = report.markdown(report.find_runs(tmp_path)).splitlines()[4:6]
+    for row in (heldout, last):  # they differ in what papers don't say
+        assert "63.4" not in row
+    (tmp_path / "b" / "results.json").unlink()
+    (row,) = report.markdown(report.find_runs(tmp_path)).splitlines()[4:5]
+    assert "63.4 ± 1.2 (best epoch on the scored set) [" in row and "60.95 ± 1.57" in row and "(epoch chosen on held-out data)" in row
 
 
 def test_a_figure_is_not_set_beside_another_experiment(tmp_path):
