@@ -122,13 +122,13 @@ SELECT = ("heldout", "scored", "last")  # by what the validation is chosen whose
 
 
 # What runs trained together, in one program, may differ in (experiments/population.py).
-FREE = ("seed", "method.seed", "optimizer.lr", "optimizer.step", "optimizer.head_lr", "optimizer.weight_decay")
+OF_ONE_PROGRAM = ("seed", "method.seed", "optimizer.lr", "optimizer.step", "optimizer.head_lr", "optimizer.weight_decay")
 
 
 def differences(one: ml_collections.ConfigDict, other: ml_collections.ConfigDict) -> list[str]:
-    """The keys outside FREE in which two configs differ."""
+    """The keys outside OF_ONE_PROGRAM in which two configs differ."""
     here, there = (flatten(json.loads(config.to_json())) for config in (one, other))
-    return sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key) and key not in FREE)
+    return sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key) and key not in OF_ONE_PROGRAM)
 
 
 def _check_keys(where: str, found: set[str], known: set[str]) -> None:

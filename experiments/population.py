@@ -1,6 +1,6 @@
 """Several runs of one config trained together, in one program with one copy of the frozen model.
 
-Members may differ in what `config.FREE` names: seeds, learning rates, weight decay. Each has its own trainable, optimizer,
+Members may differ in what `config.OF_ONE_PROGRAM` names: seeds, learning rates, weight decay. Each has its own trainable, optimizer,
 data order, dropout and partition, its own workdir, and the result that the same run has alone. The step is `jax.vmap` over
 the members, who are divided over the devices: nothing is communicated between them.
 
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import data, loop, metrics
 from experiments.build import Experiment, build
-from experiments.config import FREE, check_config, differences
+from experiments.config import OF_ONE_PROGRAM, check_config, differences
 from experiments.evaluate import predict
 from experiments.optimizer import make_optimizer, options_of
 from experiments.processes import cache_programs
@@ -49,7 +49,7 @@ def train_population(
       The results of each, as written to its `results.json`.
 
     Raises:
-      ValueError: members that differ in more than FREE, a mesh with other axes than "data", or as `train.train`.
+      ValueError: members that differ in more than OF_ONE_PROGRAM, a mesh with other axes than "data", or as `train.train`.
       FloatingPointError, SystemExit: as `train.train`, of all members together.
     """
     for config in configs:
@@ -57,7 +57,7 @@ def train_population(
         cache_programs(config.train.get("compiled"))
         if different := differences(configs[0], config):
             raise ValueError(
-                f"Members of a population differ in {', '.join(different)}. They may differ in {', '.join(FREE)}; "
+                f"Members of a population differ in {', '.join(different)}. They may differ in {', '.join(OF_ONE_PROGRAM)}; "
                 f"run others apart."
             )
     if jax.process_count() > 1 or configs[0].mesh.fsdp != 1 or configs[0].mesh.tensor != 1:

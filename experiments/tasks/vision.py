@@ -81,7 +81,7 @@ def check_label(label: int, count: int, called: str) -> None:
         )
 
 
-class Part(NamedTuple):
+class Stored(NamedTuple):
     """A split before rows are chosen: `read(row)` -> {"image", "label", "id"}, how many rows, all labels when asked."""
 
     read: Callable[[int], dict]
@@ -125,7 +125,7 @@ def load_vision(
         raise ValueError(f"config.task.classes = {tuple(classes)}: {name} has labels 0 to {len(labels) - 1}.")
     keep = None if classes is None else {number: n for n, number in enumerate(classes)}
 
-    def rows_of(part: Part, split: str) -> np.ndarray:
+    def rows_of(part: Stored, split: str) -> np.ndarray:
         if keep is None:
             return np.arange(part.count)
         stored = part.labels()
@@ -173,7 +173,7 @@ def _from_tfds(name: str, data_dir: str | None):
 
     again = f"Bring that folder back, or remove it and prepare it again:\n  {command}"
 
-    def part(split: str | None) -> Part | None:
+    def part(split: str | None) -> Stored | None:
         if split is None:
             return None
         try:
@@ -194,7 +194,7 @@ def _from_tfds(name: str, data_dir: str | None):
         def labels() -> np.ndarray:
             return np.array([record["label"] for record in source.__getitems__(range(len(source)))])
 
-        return Part(read, len(source), labels)
+        return Stored(read, len(source), labels)
 
     return *map(part, splits[1:]), features["label"].names
 
@@ -206,8 +206,8 @@ def _from_digits(name: str, data_dir: str | None):
     digits = sklearn.datasets.load_digits()
     images = (digits.images * (255 / 16)).astype(np.uint8)
 
-    def part(rows: np.ndarray) -> Part:
-        return Part(
+    def part(rows: np.ndarray) -> Stored:
+        return Stored(
             lambda n: {"image": images[rows[n]], "label": digits.target[rows[n]]},
             len(rows),
             lambda: digits.target[rows],
@@ -224,7 +224,7 @@ def _from_aircraft(name: str, data_dir: str | None):
     labels = _lines(root / "variants.txt")
     stored = {files.same(path.name): path for path in (root / "images").glob("*.jpg")}
 
-    def part(split: str) -> Part:
+    def part(split: str) -> Stored:
         listed = [line.split(" ", 1) for line in _lines(root / f"images_variant_{split}.txt")]
         for number, (image, *variant) in enumerate(listed, 1):
             if variant == [] or variant[0] not in labels:
@@ -252,7 +252,7 @@ def _from_folder(name: str, data_dir: str | None):
         raise FileNotFoundError(f"{root} has no train/<class> folders. Make one for each class, with its images.")
     labels = sorted(found["train"])
 
-    def part(split: str) -> Part:
+    def part(split: str) -> Stored:
         if other := found.get(split, {}).keys() - set(labels):
             raise ValueError(f"{splits[split] / min(other)} is a class that train/ doesn't have. Add or remove it.")
         paths = [found.get(split, {}).get(label, []) for label in labels]
@@ -312,7 +312,7 @@ def _images(folder: pathlib.Path, left_out: dict[str, list[pathlib.Path]]) -> li
 
 def _files(
     split: str, paths: Sequence[pathlib.Path], numbers: Sequence[int], labels: list[str], root: pathlib.Path
-) -> Part:
+) -> Stored:
     for number in sorted(set(range(len(labels))) - set(numbers)):
         raise ValueError(
             f"{root}: class {labels[number]!r} has no image in its {split} split. Add some, or remove the class."
@@ -327,7 +327,7 @@ def _files(
                 f"{paths[row]} can't be read ({error}). Copy it again, or take it off its list."
             ) from error
 
-    return Part(read, len(paths), lambda: np.array(numbers))
+    return Stored(read, len(paths), lambda: np.array(numbers))
 
 
 def _folder(name: str, data_dir: str | None) -> pathlib.Path:

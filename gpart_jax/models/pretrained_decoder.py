@@ -113,7 +113,7 @@ def _find(stored: dict, name: str, where: pathlib.Path):
 
 def _place(leaf: jax.ShapeDtypeStruct, placement: NamedSharding, path: str, tensors: list) -> jax.Array:
     """One leaf on the mesh. This process reads the parts of it that its devices hold, each once, layer by layer."""
-    stacked, turn = _is_stacked(path), _turn(path)
+    stacked, turn = _is_stacked(path), _stored_axes(path)
     made = {}
 
     def part(index):
@@ -132,7 +132,7 @@ def _is_stacked(path: str) -> bool:
     return path.startswith("layers/")
 
 
-def _turn(path: str) -> slice:
+def _stored_axes(path: str) -> slice:
     """Of a shape: PyTorch's weights are (out, in), our kernels (in, out)."""
     return slice(None, None, -1 if path.endswith("/kernel") else 1)
 
@@ -157,7 +157,7 @@ def tensors(model: Decoder, params: PyTree, known: Collection[str] = ()) -> dict
 
 def _tensor(leaf: jax.Array, path: str, n: int) -> np.ndarray:
     whole = np.asarray(leaf[n] if _is_stacked(path) else leaf)
-    return np.ascontiguousarray(whole.transpose(range(whole.ndim)[_turn(path)]))
+    return np.ascontiguousarray(whole.transpose(range(whole.ndim)[_stored_axes(path)]))
 
 
 def save(directory: str | os.PathLike, model: Decoder, params: PyTree, shard_bytes: int = 4 * 2**30) -> None:
