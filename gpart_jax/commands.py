@@ -5,6 +5,7 @@ import dis
 import errno
 import re
 import sys
+from collections.abc import Iterator
 
 OURS = ("gpart_jax", "experiments", "launch", "benchmarks", "configs")
 ADVICE = {  # what to do about an error of the system
@@ -23,7 +24,7 @@ ADVICE = {  # what to do about an error of the system
 
 
 @contextlib.contextmanager
-def clear_errors():
+def clear_errors() -> Iterator[None]:
     """Within it, what `explain` can say of an error is all that is printed, and the process ends with 1."""
     try:
         yield

@@ -220,6 +220,6 @@ def test_what_is_not_finite_is_not_merged(folder, tmp_path, capsys, value, dtype
 
 
 def test_a_merge_that_is_cut_short_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("safetensors.numpy.save_file", lambda *_: (_ for _ in ()).throw(ValueError("No space left")))
+    monkeypatch.setattr("safetensors.numpy.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert main(["merge", str(folder / "a"), BASE, str(tmp_path / "merged")]) == 1
     assert "No space left" in capsys.readouterr().err and not list(tmp_path.iterdir())

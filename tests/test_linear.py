@@ -107,7 +107,7 @@ def test_an_encoders_pairs_train_in_bfloat16_where_sums_stand_still():
 
 
 def test_options_that_do_not_go_together_are_named():
-    with pytest.raises(ValueError, match="apply = 'both' must be one of sum, split"):
+    with pytest.raises(ValueError, match="apply = 'both' must be one of sum, dither, split"):
         gpart(4, apply="both")
     with pytest.raises(ValueError, match="apply = 'split' must be one of sum, factors"):
         lora(2, apply="split")

@@ -176,7 +176,7 @@ def test_unknown_decoders_are_refused():
     for change, message in [
         ({"model_type": "mamba"}, "model_type 'mamba'; this decoder is llama, mistral, qwen2, gemma"),
         ({"hidden_size": None}, "lacks hidden_size"),
-        ({"attention_bias": True}, "attention_bias true"),
+        ({"attention_bias": True}, "attention_bias True"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling 'yarn'"),
         ({"hidden_act": "relu6"}, "hidden_act 'relu6'"),
         ({"num_key_value_heads": 5}, "num_heads 32 is not a multiple of num_kv_heads 5"),

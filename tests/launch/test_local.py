@@ -105,7 +105,7 @@ def test_told_to_stop_or_with_a_process_killed_the_run_ends_with_the_same_theta(
     process = launch(tiny_model, tmp_path)
     watch = threading.Timer(300, process.kill)  # a guard against hanging
     watch.start()
-    while last_step(tmp_path / "metrics.jsonl") < 50 and process.poll() is None:
+    while last_step(tmp_path / "metrics.jsonl") < 10 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
@@ -139,7 +139,7 @@ def test_told_to_stop_or_with_a_process_killed_the_run_ends_with_the_same_theta(
     assert killed
     assert "restart 1 of 3" in "".join(lines)
     first, second = re.findall(r"gpart: goes on after step (\d+)", "".join(lines))
-    assert first == saved and int(second) in range(wanted, STEPS, 20)
+    assert first == saved and int(second) in range(wanted, STEPS + 1, 20)
     assert (tmp_path / "adapter.safetensors").read_bytes() == (undisturbed / "adapter.safetensors").read_bytes()
     assert logged(tmp_path, [int(saved)]) == logged(undisturbed, [int(saved)])
 
