@@ -11,7 +11,8 @@ def method(name: str, targets: str, d: int, **changes) -> ml_collections.ConfigD
     options = {
         "gpart": dict(
             d=d, targets=targets, scheme="balanced-v1", scope="global", isometric=True, dropout=0.0, init_bound=0.0,
-            apply="sum",  # "split": W0 and P theta apart, so that bfloat16 loses no entry of P theta
+            # In bfloat16 "sum" loses a small theta; "dither" keeps it on average, and "split" applies W0 and P theta apart.
+            apply="sum",
         ),
         # apply: "factors", as PEFT computes it, or "sum", the sum with W0. dropout: on what goes into the factors.
         "lora": dict(rank=8, alpha=8, targets=targets, dropout=0.0, apply="factors"),

@@ -62,7 +62,8 @@ def get_config(arguments: str = "qwen25_05b") -> ml_collections.ConfigDict:
     config.task.data_dir = ml_collections.config_dict.placeholder(str)  # of gsm8k; None: TFDS's own
 
     attention = r"attention/(query|key|value|out)/kernel$"
-    changes = {"dropout": 0.05, "stacked": "^layers"} if method == "gpart" else {}  # LoRA's rank and scale are ours
+    # Of the ways to add P theta in bfloat16 dither was nearest to float32 (docs/bfloat16.md).
+    changes = {"dropout": 0.05, "stacked": "^layers", "apply": "dither"} if method == "gpart" else {}  # LoRA's rank and scale are ours
     config.method = common.method(method, attention, d, **changes)
     if common.has_seed(method):
         config.method.seed = config.get_oneway_ref("seed")  # an override of one leaves the other its own

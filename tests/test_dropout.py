@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpart_jax import Leaf, canonical_layout, gpart_transform, make_partition
+from gpart_jax import Adapter, Leaf, canonical_layout, gpart_transform, make_partition
 from gpart_jax.dropout import dithered, hashed, index_words, keep_mask, key_words
 from gpart_jax.methods import gpart
 from gpart_jax.transform import bind
@@ -234,6 +234,18 @@ def test_a_dithered_sum_loses_nothing_of_a_small_delta_on_average(key):
     g = jax.random.normal(jax.random.key(2), (3, 100, 128), jnp.bfloat16)
     pulled = [jax.vjp(lambda t, m=m: m.apply(params, t, key), theta)[1]({"layers": {"k": g}})[0]["theta"] for m in method.values()]
     np.testing.assert_array_equal(*pulled)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
+def test_a_merge_dithers_as_the_tested_model_did(dtype):
+    params = {"k": 0.02 * jax.random.normal(jax.random.key(0), (100, 128), jnp.bfloat16)}
+    method, trainable = gpart(300, 3, apply="dither"), {"theta": 1e-4 * jax.random.normal(jax.random.key(1), (300,))}
+    merged = Adapter.of(method, trainable, params).merge(params, dtype).params["k"]
+    if dtype == jnp.float32:
+        exact = gpart(300, 3).apply(jax.tree.map(lambda x: x.astype(jnp.float32), params), trainable)["k"]
+        np.testing.assert_array_equal(merged, exact)
+    else:
+        np.testing.assert_array_equal(merged, method.apply(params, trainable)["k"])
 
 
 def test_dither_is_for_bfloat16():

@@ -224,12 +224,14 @@ class Adapter:
         method, trainable = self.on(params)
         replaced, adapt = _replaced(trainable), _adapting(method, params)
         frozen = {path: jnp.asarray(leaf) for path, leaf in floating(params).items()}
+        dithers = method.options.get("apply") == "dither" and dtype in (None, jnp.bfloat16)
 
         def compute(frozen, trainable, tables):
             exact = adapt(jax.tree.map(_wide, frozen), trainable, tables)
+            found = adapt(frozen, trainable, tables) if dithers else exact  # rounded as in training and its test
             new, off, moved = {}, jnp.zeros(()), jnp.zeros(())
             for path, x in exact.items():
-                new[path] = x.astype(dtype or frozen[path].dtype)
+                new[path] = found[path].astype(dtype or frozen[path].dtype)
                 if path not in replaced:
                     off += jnp.sum((_wide(new[path]) - x) ** 2)
                     moved += jnp.sum((x - _wide(frozen[path])) ** 2)
