@@ -164,7 +164,7 @@ def _gemma_act(config: dict[str, Any]) -> str:
     """Their first files say "gelu" and mean its approximation; some have a second field for what is meant."""
     said = [config[name] for name in ("hidden_act", "hidden_activation") if name in config]
     meant = ["gelu_pytorch_tanh" if act == "gelu" else act for act in said]
-    if meant[0] != meant[-1]:
+    if len(said) == 2 and meant[0] != meant[1]:
         raise ValueError(f"config.json has hidden_act {said[0]!r} and hidden_activation {said[1]!r}. Leave the right one.")
     return meant[0]
 

@@ -26,7 +26,7 @@ def check_fields(config: Any, hf_names: Mapping[str, str]) -> None:
             wanted = f"a whole number from {least} to {largest}"
             right = is_number(value) and isinstance(value, numbers.Integral) and least <= int(value) <= largest
         elif kind in (float, float | None):
-            most = 1 if field.name in RATES else 2**31
+            most = 1 if field.name in RATES else 2**31 - 1  # JAX takes a whole number as an int32
             wanted = f"a number from 0 to {most}"
             right = is_number(value) and 0 <= value <= most
         elif kind in (bool, str):

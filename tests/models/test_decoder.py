@@ -174,6 +174,7 @@ def test_what_a_file_leaves_out_or_says_null_to_is_as_in_transformers(family, ch
     ("llama", dict(vocab_size=4.0), "vocab_size '4.0' must be a whole number"), ("llama", dict(rms_norm_eps=float("nan")), "rms_norm_eps"),
     ("llama", dict(num_hidden_layers=10**9), "num_hidden_layers"), ("llama", dict(hidden_act=["silu"]), "hidden_act"),
     ("llama", dict(tie_word_embeddings="false"), "tie_word_embeddings 'false' must be true or false"),
+    ("gemma", dict(hidden_act=float("nan")), "hidden_act"), ("llama", dict(rms_norm_eps=2**31), "rms_norm_eps"),
     ("mistral", dict(sliding_window=0), "sliding_window '0'"), ("gemma", dict(hidden_activation="silu"), "hidden_activation 'silu'"),
     ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=0, low_freq_factor=1, high_freq_factor=4)), "factor must be at least 1"),
 ])  # fmt: skip
