@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from experiments.abstract import describe
 from experiments.command import run_command
+from experiments.config import from_flags
 from gpart_jax import canonical_layout, sharding
 from gpart_jax.methods import from_spec
 from gpart_jax.models import published
@@ -46,7 +47,7 @@ def draw(arguments, vocab_size=None):
 
 
 def main(_):
-    config, steps = flags.FLAGS.config, flags.FLAGS.steps
+    config, steps = from_flags(), flags.FLAGS.steps
     step, arguments, *_ = describe(config, sharding.make_mesh(devices=jax.devices()[:1]), flags.FLAGS.length)
     layout = canonical_layout(arguments[2], config.method.targets)
     print(f"{config.model.source}, {config.method.name}, N = {layout.size:,}, batch {config.train.batch_size} x "

@@ -18,6 +18,7 @@ from PIL import Image
 from benchmarks.glue_step import draw
 from experiments.abstract import describe
 from experiments.command import run_command
+from experiments.config import from_flags
 from experiments.data import train_batches
 from experiments.images import image_task
 from gpart_jax import sharding
@@ -76,7 +77,7 @@ def show(name: str, rates: list[float]) -> None:
 
 
 def main(_):
-    config, batch = flags.FLAGS.config, flags.FLAGS.batch
+    config, batch = from_flags(), flags.FLAGS.batch
     if batch is not None:
         config.train.batch_size, config.train.accumulate = batch, 1
     examples = make_jpegs()

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from benchmarks.measure import Table, save
 from experiments.command import run_command
+from experiments.config import from_flags
 from experiments.logger import quiet
 from experiments.population import train_population
 from experiments.train import train
@@ -27,7 +28,7 @@ def main(_):
     quiet()
     configs = []
     for seed in range(flags.FLAGS.members):
-        config = copy.deepcopy(flags.FLAGS.config)
+        config = copy.deepcopy(from_flags())
         config.seed = seed
         if flags.FLAGS.examples:
             with config.unlocked():

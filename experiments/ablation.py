@@ -5,8 +5,6 @@
 
 A search trains one seed with each value, and takes the best on held-out data; the test set chooses nothing. The length that is best on the
 mean of all d is trained with all seeds too, beside each d's own. Stop it at any time and run it again: finished runs are kept.
-
-Budgets, on two cores with nothing else running: see docs/ablation.md for the hours that they took.
 """
 
 import json
@@ -15,7 +13,7 @@ import statistics
 from typing import NamedTuple
 
 import ml_collections
-from absl import app, flags
+from absl import flags
 
 from configs import glue, quickstart, vision
 from experiments import report
@@ -94,13 +92,17 @@ def results(run: Planned) -> dict:
 
 
 def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
-    """Trains what isn't trained yet; what was found, as written to `workdir/found.json`."""
+    """Trains what isn't trained yet; what was found, as written to `workdir/found.json`.
+
+    Raises:
+      ValueError: a run failed; the others are kept.
+    """
     lines = lines_of(task, budget)
 
     def finish(runs: list[Planned], population: int) -> None:
         if failures := run_all(runs, jobs, workdir, population):
             directory, error = next(iter(failures.items()))
-            raise RuntimeError(f"{len(failures)} runs failed, the first in {directory}: {error}. Run the same command again.")
+            raise ValueError(f"{len(failures)} runs failed, the first in {directory}: {error}. The same command tries them again.")
 
     searches = [runs_of(line, line.values, 1, workdir) for line in lines]
     finish(sum(searches, []), max(len(line.values) for line in lines))
@@ -152,7 +154,7 @@ def main(_):
     options, workdir = flags.FLAGS, local(flags.FLAGS.workdir)
     for task in options.tasks:
         if task not in TASKS:
-            raise app.UsageError(f"--tasks: {task!r} is none of {', '.join(TASKS)}.")
+            raise ValueError(f"--tasks: {task!r} is none of {', '.join(TASKS)}.")
     for task in options.tasks:
         if task == "fashion":  # a model of our own, made on the first five classes
             train(vision.get_config("fashion_mnist,pretrain"), pathlib.Path("runs/fashion_mnist/base"))

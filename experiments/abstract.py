@@ -35,7 +35,8 @@ class Step(NamedTuple):
     """A step of training, evaluation or generation, and the shapes of its arguments, laid out on a mesh."""
 
     function: Any  # jitted
-    arguments: tuple  # jax.ShapeDtypeStructs, after those that are static; of training: trainable, optimizer state, frozen, batch, key data, number, tables
+    # jax.ShapeDtypeStructs, after those that are static; of training: trainable, optimizer state, frozen, batch, key data, number, tables
+    arguments: tuple
     params: int  # numbers of the whole model
     held: dict[str, Any]  # the arguments by what they are: trees
     attended: float  # the share of its blocks of scores that a TPU's attention kernel makes

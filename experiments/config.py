@@ -30,7 +30,8 @@ _TYPES = {  # of values that are used without a look at their type; a section is
     "seed": int, "model.source": str | None, "model.dtype": str, "method.name": str, "mesh.data": int, "mesh.fsdp": int, "mesh.tensor": int,
     "task.name": str, "task.max_length": int, "task.image_size": int, "task.holdout": _NUMBER, "task.crop": _NUMBER,
     "task.train_examples": int | None, "task.validation_examples": int | None, "task.test_examples": int, "task.data_dir": str | None,
-    "task.source": str, "train.profile": str | None, "train.compiled": str | None, "optimizer.lr": _NUMBER | None, "optimizer.step": _NUMBER | None, "optimizer.start": _NUMBER | None, "optimizer.head_lr": _NUMBER,
+    "task.source": str, "train.profile": str | None, "train.compiled": str | None, "optimizer.name": str,
+    "optimizer.lr": _NUMBER | None, "optimizer.step": _NUMBER | None, "optimizer.start": _NUMBER | None, "optimizer.head_lr": _NUMBER,
     "optimizer.weight_decay": _NUMBER, "optimizer.warmup": _NUMBER, "optimizer.clip": _NUMBER | None,
 }  # fmt: skip
 
@@ -44,7 +45,10 @@ OPERATIONAL = (
 
 
 # What options that came later did before they came: no older run is another for lacking them.
-_BEFORE = {"optimizer.name": ("adamw",), "optimizer.start": (0.01,), "train.select": ("heldout",), "method.apply": ("sum",), "method.dropout": (0.0,)}
+_BEFORE = {
+    "optimizer.name": ("adamw",), "optimizer.start": (0.01,), "train.select": ("heldout",), "method.apply": ("sum",),
+    "method.dropout": (0.0,),
+}  # fmt: skip
 
 
 def identity(config: ml_collections.ConfigDict | dict) -> dict:

@@ -131,8 +131,9 @@ def draw(curve: dict, path: pathlib.Path) -> None:
         axes.annotate(name, (1, runs[name]["validation"]), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom")
     axes.axhline(curve["wanted"], color="#c1666b", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
-    title = f"d{100 * curve['share']:g} = {curve['dimension']:,}" if curve["dimension"] else "no d reaches it"
-    axes.set(xlabel="d", ylabel=f"{runs['full']['metric']} on held-out examples", title=f"{title} (dashed: {curve['share']:.0%} of the gain)")
+    found = f"d{100 * curve['share']:g} = {curve['dimension']:,}" if curve["dimension"] else "no d reaches it"
+    title, metric = f"{found} (dashed: {curve['share']:.0%} of the gain)", runs["full"]["metric"]
+    axes.set(xlabel="d", ylabel=f"{metric} on held-out examples", title=title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -21,6 +21,7 @@ import optax
 from experiments import data
 from experiments.build import Experiment
 from experiments.checkpoint import Checkpoints
+from experiments.config import RATE_FREE
 from experiments.flops import peak
 from experiments.logger import Logger
 from experiments.optimizer import rate_at
@@ -231,8 +232,9 @@ def log(history: list[dict], members: list[Member], loggers: list[Logger], sched
     for number, (member, logger) in enumerate(zip(members, loggers)):
         mean = finite_mean(arrays, number, member, schedule, step, loggers[0].say)
         now = {name: float(values[-1, number]) for name, values in arrays.items()} | {"loss": mean}
-        rate = rate_at(step - 1, schedule.total, **member.optimizer)
-        logger.write(step, **now, learning_rate=rate, **watched)
+        if member.optimizer.get("name") not in RATE_FREE:
+            now["learning_rate"] = rate_at(step - 1, schedule.total, **member.optimizer)
+        logger.write(step, **now, **watched)
 
 
 def stacked(history: list[dict]) -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ python -m experiments.report --published                             what others
 
 import collections
 import csv
-import json
 import pathlib
 import statistics
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from gpart_jax.methods import SIZES
 UNITS = {"loss": " (nats a token)"}  # of metrics that aren't shares
 RESULTS = {  # what tables need of results.json, and of which type it is
     "method": str, "task": str, "metric": str, "seed": int, "test": int | float, "trained_numbers": int,
-    "adapter_bytes": int | None, "test_by_class": dict,
+    "adapter_bytes": int | None, "test_by_class": dict, "select": str,
 }  # fmt: skip
 CONFIG = {"model.source": str | None, "method.name": str}
 OF_ONE_CELL = {"seed", "method.seed", *OPERATIONAL}  # what its runs may differ in
@@ -71,7 +70,7 @@ def check(runs: list[Run]) -> None:
         _check(workdir / "config.json", config, CONFIG)
         if size := SIZES.get(config["method.name"]):
             _check(workdir / "config.json", config, {f"method.{size}": int})
-        _check(workdir / "results.json", {"test_by_class": {}} | results, RESULTS)
+        _check(workdir / "results.json", {"test_by_class": {}, "select": "heldout"} | results, RESULTS)
 
 
 def _check(path: pathlib.Path, found: dict, needed: dict) -> None:
@@ -213,11 +212,18 @@ def _tables(runs: list[Run]) -> tuple[dict[str, list[list[str]]], list[str]]:
             for column in columns:
                 group = row.cells.get(column, [])
                 line += [_cell(group), _published(row, group, column[1], known, sources)]
-                protocols |= {run.results.get("select", "heldout") for run in group}
+                protocols |= {_protocol(run.results) for run in group}
             lines.append(line)
         tables[model] = lines
-    ours = " or, by row, ".join(sorted(PROTOCOLS[protocol] for protocol in protocols))
+    ours = " or, by row, ".join(sorted(protocols))
     return tables, [f"Ours: {ours}.", *(f"[{number}] {source}" for number, source in enumerate(sources, 1))]
+
+
+def _protocol(results: dict) -> str:
+    """On what a run's epoch was chosen; a run of version 0.1.0 doesn't say, and without held-out examples took the last."""
+    chosen = "last" if results.get("validation", 0.0) is None else "heldout"
+    chosen = results.get("select", chosen)
+    return PROTOCOLS.get(chosen, chosen)
 
 
 def _method(run: Run) -> dict:

@@ -4,8 +4,8 @@
 
 Several processes, each with the variables of experiments/processes.py set, make one run: see launch/.
 
-The workdir then holds: config.json; origin.json (what its data and model were); checkpoints/ (what is trained, its optimizer, the data position, the RNG; never the
-frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best epoch); results.json; predictions.jsonl;
+The workdir then holds: config.json; origin.json (what its data and model were); checkpoints/ (what is trained, its optimizer, the
+data position, the RNG; never the frozen model); metrics.jsonl and tensorboard/; adapter.safetensors (of the best epoch); results.json; predictions.jsonl;
 of images mistakes.png; with config.train.export the adapted model, whole.
 """
 
@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from experiments import data, loop, metrics, processes
 from experiments.build import Experiment, build
 from experiments.command import run_command
-from experiments.config import check_config, from_flags
+from experiments.config import RATE_FREE, check_config, from_flags
 from experiments.evaluate import predict
 from experiments.flops import matmul_flops
 from experiments.logger import Logger, quiet
@@ -50,7 +50,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: Seq
       The results, as written to `workdir/results.json`.
 
     Raises:
-      ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config, other data or another model, or is in use.
+      ValueError: a config with missing or unknown keys or values; a workdir that belongs to another config, other data or another
+        model, or is in use.
       FloatingPointError: the loss or its gradient is no longer finite, unless config.train.nonfinite is "skip".
       OSError: the disk is full, or the workdir can't be written to.
       SystemExit: after a checkpoint was saved because of SIGTERM (code 143) or Ctrl-C (130).
@@ -192,7 +193,7 @@ def finish(
         "select": select if task.validation or select != "heldout" else "last",
         "best_epoch": best_epoch,
         "steps": step,
-        "learning_rate": member.optimizer["lr"],
+        "learning_rate": None if member.optimizer.get("name") in RATE_FREE else member.optimizer["lr"],
         **({"base_norm": base_norm(experiment.params, method.options["targets"])} if method.isometric else {}),
         "trained_numbers": trained_numbers(best["trainable"]),
         "adapter_bytes": adapter.stat().st_size,

@@ -15,6 +15,7 @@ from absl import app, logging
 
 from experiments.config import check_config, identity
 from experiments.processes import barrier, is_writer
+from gpart_jax import files
 
 MEND = "Bring it back, or move that run's folder away."
 
@@ -133,15 +134,7 @@ def read_json(path: pathlib.Path) -> dict:
     Raises:
       FileNotFoundError, ValueError: there is none, or it is damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Is this the folder of a run? Train there first.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {MEND}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object. {MEND}")
-    return found
+    return files.read_json(path, missing="Is this the folder of a run? Train there first.", damaged=MEND)
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:

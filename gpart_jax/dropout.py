@@ -1,4 +1,4 @@
-"""Which elements of P theta are dropped: a hash of a key and of the element's canonical index, and of nothing else.
+"""Which elements of P theta are dropped, and how sums are dithered: by a hash of a key and of the element's canonical index alone.
 
 So the mask is the same however leaves are stacked, stored and sharded, forward and backward; a few 32-bit operations make it
 where it is used, inside of the fusion or the kernel that needs it. JAX's own random bits are an array of N words each time.

@@ -1,8 +1,10 @@
-"""Names of files as people mean them: what systems leave beside data doesn't count, and "é" is one letter however it is written."""
+"""Files as people mean them: hidden ones don't count, "é" is one letter however it is written, and a damaged JSON file is named."""
 
+import json
 import os
 import pathlib
 import unicodedata
+from typing import Any
 
 
 def hidden(name: str) -> bool:
@@ -19,3 +21,21 @@ def find(folder: str | os.PathLike, pattern: str) -> list[pathlib.Path]:
 def same(name: str) -> str:
     """The form in which names are compared: macOS and zip files mix Unicode's NFC and NFD (Unicode Annex 15)."""
     return unicodedata.normalize("NFC", name)
+
+
+def read_json(path: pathlib.Path, *, missing: str, damaged: str) -> dict[str, Any]:
+    """The JSON object in a file; the other arguments say what to do where there is none.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      ValueError: it holds no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. {missing}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not a JSON object ({error}). {damaged}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object, but a {type(found).__name__}. {damaged}")
+    return found

@@ -46,7 +46,8 @@ def gpart_transform(
     with the frozen weights a compiler may round once instead of twice.
 
     In bfloat16 the sum loses the entries of P theta below half of W0's last place, which are most of them while theta is small: after
-    one step of Adam at 2e-4 on SmolLM2 2 % of the adapted entries had moved, after 50 steps 42 % (docs/bfloat16.md).
+    one step of Adam at 2e-4 on SmolLM2 2 % of the adapted entries had moved, after 50 steps 41 % (docs/bfloat16.md). `gpart` with
+    apply="dither" rounds by chance instead, and keeps them on average.
 
     Args:
       params: any pytree with the frozen weights: Flax Linen params, an NNX State, an Equinox module, plain containers.

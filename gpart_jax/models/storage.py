@@ -7,7 +7,6 @@ A directory holds `config.json` and either `model.safetensors` or several such f
 import collections
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import pathlib
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
+from gpart_jax import files
 from gpart_jax.files import find, hidden
 
 WEIGHTS = "model.safetensors"
@@ -119,15 +119,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError, ValueError: there is none, or it is no JSON object.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing. Give a directory that holds config.json and {WEIGHTS}.")
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not a JSON object ({error}). Download or copy it again.") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{file} is not a JSON object, but a {type(read).__name__}. Download or copy it again.")
-    return read
+    advice = f"Give a directory that holds config.json and {WEIGHTS}."
+    return files.read_json(file, missing=advice, damaged="Download or copy it again.")
 
 
 class Tensor(NamedTuple):
@@ -170,8 +163,8 @@ def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[s
       ValueError: a file is damaged.
     """
     if (directory / WEIGHTS).is_file():
-        opened = _open(directory / WEIGHTS, stack)
-        return {name: Tensor(name, directory / WEIGHTS, opened) for name in opened.keys()}
+        whole = _open(directory / WEIGHTS, stack)
+        return {name: Tensor(name, directory / WEIGHTS, whole) for name in whole.keys()}
     index = directory / f"{WEIGHTS}.index.json"
     if not index.is_file():
         raise FileNotFoundError(
@@ -181,18 +174,22 @@ def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[s
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
         raise ValueError(f"{index}: its weight_map doesn't give the name of a file to each tensor. Download or copy it again.")
-    files: dict[str, Any] = {}
+    opened: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name} is missing, though {index.name} lists it. Download or copy it again.")
-        files[name] = _open(directory / name, stack)
-    held = {name: set(opened.keys()) for name, opened in files.items()}
+        opened[name] = _open(directory / name, stack)
+    held = {name: set(file.keys()) for name, file in opened.items()}
     for tensor, name in weight_map.items():
         if tensor not in held[name]:
             raise ValueError(
                 f"{directory} holds no tensor {tensor!r} in {name}, where {index.name} says it is. Download or copy both again."
             )
-    return {tensor: Tensor(tensor, directory / name, files[name]) for tensor, name in weight_map.items()}
+    if unlisted := sorted(set().union(*held.values()) - weight_map.keys()):
+        raise ValueError(
+            f"{index} doesn't list the tensor {unlisted[0]!r}, which one of its files holds. Download or copy all of them again."
+        )
+    return {tensor: Tensor(tensor, directory / name, opened[name]) for tensor, name in weight_map.items()}
 
 
 def _is_file_name(name: Any) -> bool:

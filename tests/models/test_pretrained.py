@@ -202,6 +202,16 @@ def test_the_weight_index_is_what_its_map_says(tmp_path, moved, words):
     assert load(tmp_path)["classifier"]["bias"].any()
 
 
+def test_an_index_that_leaves_out_a_tensor_is_no_model_without_a_head(tmp_path):
+    index = shard(tmp_path) / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+    for left_out in ("classifier.weight", "classifier.bias"):
+        del listed[left_out]
+    index.write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(ValueError, match="index.json doesn't list the tensor 'classifier.bias', which one of its files holds"):
+        load(tmp_path)
+
+
 def test_no_weights(tmp_path):
     (write(tmp_path, stored()) / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor model.safetensors.index.json"):
@@ -216,7 +226,7 @@ def test_no_config(tmp_path):
 @pytest.mark.parametrize("text", ['{"model_type": ', "[1, 2]"])
 def test_config_that_is_not_json(tmp_path, text):
     (write(tmp_path, stored()) / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json is not a JSON object"):
+    with pytest.raises(ValueError, match="config.json is damaged: it is not a JSON object"):
         load(tmp_path)
 
 

@@ -343,11 +343,11 @@ def test_what_begins_and_ends_a_text_is_found_where_it_is_named(tmp_path, templa
 
 
 @pytest.mark.parametrize("template, described, others, words", [
-    (None, None, {}, "tokenizer_config.json is not a JSON object"), (None, [], {}, "tokenizer_config.json is not a JSON object"),
+    (None, None, {}, "tokenizer_config.json is damaged: it is not a JSON object"), (None, [], {}, "tokenizer_config.json is damaged: it is not a JSON object"),
     (None, {"eos_token": ["</s>"]}, {}, "eos_token .* is no token"), (None, {"eos_token": {"lstrip": False}}, {}, "is no token"),
     (None, NAMED | {"bos_token": 1, "add_bos_token": True}, {}, "bos_token '1', which is no token"),
     (None, NAMED | {"add_bos_token": "no"}, {}, "add_bos_token 'no'"), ("<s> <s> $A", NAMED, {}, "puts the tokens .0, 0. before"),
-    (None, NAMED, {"generation_config.json": []}, "generation_config.json is not a JSON object"),
+    (None, NAMED, {"generation_config.json": []}, "generation_config.json is damaged: it is not a JSON object"),
     (None, NAMED, {"config.json": {"eos_token_id": ["2"]}}, "eos_token_id .'2'."), (None, {}, {}, "eos_token None"),
 ])  # fmt: skip
 def test_damaged_tokenizer_files_are_refused_by_name(tmp_path, template, described, others, words):
