@@ -1,9 +1,8 @@
-"""The planes around what runs learned: their centre, their distances, their losses."""
+"""The plane through a model and what two runs made of it: its distances, its losses."""
 
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
@@ -12,6 +11,7 @@ from experiments import report, surface
 from experiments.build import build
 from gpart_jax import load_adapter, save_adapter
 from gpart_jax.methods import from_spec
+from gpart_jax.targets import named_leaves, replace_leaves
 
 
 @pytest.fixture
@@ -38,63 +38,59 @@ def make_run(make_config, tmp_path):
 
     return make
 
-
 def distance(one, other):
     """In float64, leaf by leaf."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other))
     return np.sqrt(sum(np.square(np.float64(a) - np.float64(b)).sum() for a, b in pairs))
 
 
-def test_a_grid_point_of_gpart_lies_as_far_away_as_its_theta(make_run):
-    run, (_, params, *_) = make_run("gpart")
-    plane = surface.make_plane(params, run.workdir / "adapter.safetensors", 2.0)
-    adapt = jax.jit(plane.adapt)
-    np.testing.assert_allclose(plane.directions @ plane.directions.T, np.eye(2), atol=1e-5)
-    assert plane.halfway == pytest.approx(0.5, abs=1e-4)
-    centre = adapt(params, plane.trained)
-    for x, y in ((2.0, 0.0), (0.3, 0.0), (-1.2, 0.9)):
-        step = x * plane.directions[0] + y * plane.directions[1]
-        there = adapt(params, plane.trained + step)
-        assert distance(there, centre) == pytest.approx(np.hypot(x, y), rel=1e-4)
-        jax.tree.map(np.testing.assert_array_equal, there["classifier"], centre["classifier"])
+def adapted(run, params):
+    method, trainable = load_adapter(run.workdir / "adapter.safetensors").on(params)
+    return jax.jit(method.apply)(params, trainable)
 
 
-@pytest.mark.parametrize("method, linear", [("lora", False), ("bitfit", True)])
-def test_the_edge_lies_at_the_radius_in_weight_space(make_run, method, linear):
-    run, (_, params, *_) = make_run(method)
-    plane = surface.make_plane(params, run.workdir / "adapter.safetensors", 20.0)
-    adapt = jax.jit(plane.adapt)
-    centre = adapt(params, plane.trained)
-    edges = [distance(adapt(params, plane.trained + 20 * way), centre) for way in plane.directions]
-    np.testing.assert_allclose(edges, 20, rtol=1e-4)
-    halfway = distance(adapt(params, plane.trained + 10 * plane.directions[0]), centre)
-    assert plane.halfway == pytest.approx(halfway / 20, rel=1e-4)
-    assert (abs(halfway - 10) < 1e-2) == linear
+@pytest.mark.parametrize("methods", [("gpart", "lora"), ("lora", "gpart"), ("gpart", "full"), ("bitfit", "head")])
+def test_the_plane_holds_three_models_at_their_distances(make_run, methods):
+    (one, (_, params, *_)), (other, _) = make_run(methods[0]), make_run(methods[1], seed=1)
+    plane = surface.make_plane(params, [run.workdir / "adapter.safetensors" for run in (one, other)])
+    there = [adapted(run, params) for run in (one, other)]
+    lengths = np.linalg.norm(plane.at, axis=1)
+    np.testing.assert_allclose(lengths, [distance(model, params) for model in there], rtol=1e-4)
+    assert np.linalg.norm(plane.at[0] - plane.at[1]) == pytest.approx(distance(*there), rel=1e-4)
+    assert plane.at[0, 1] == 0 < plane.at[1, 1]
+    base = dict(named_leaves(params))
+    for model, (x, y) in zip(there, plane.at):
+        for path, leaf in named_leaves(model):
+            if path in plane.up:
+                np.testing.assert_allclose(base[path] + x * plane.across[path] + y * plane.up[path], leaf, atol=2e-5)
+            else:
+                np.testing.assert_array_equal(base[path], leaf)
 
 
-def test_the_centre_has_the_loss_of_what_was_learned(make_run, tmp_path):
+def test_the_loss_is_that_of_the_models_on_training_examples(make_run, tmp_path):
     runs, experiments = zip(make_run("gpart"), make_run("lora", seed=1))
-    radius, found = surface.surfaces(runs, None, 3, 64)
+    found = surface.surface(list(runs), 5, 64)
     path = tmp_path / "surface.png"
-    surface.draw(radius, found, path)
+    surface.draw(list(runs), found, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
-    theta = load_adapter(runs[0].workdir / "adapter.safetensors").on(experiments[0].params)[1]["theta"]
-    assert radius == pytest.approx(float(jnp.linalg.norm(theta)), rel=1e-4)  # as far as the first run moved
-    for run, (model, params, task, *_), (_, plane, losses) in zip(runs, experiments, found):
-        examples = [task.test[row] for row in np.linspace(0, len(task.test) - 1, 64).astype(int)]
-        batch = task.collate(examples)
-        method, trainable = load_adapter(run.workdir / "adapter.safetensors").on(params)
+    model, params, task, *_ = experiments[0]
+    batch = task.collate([task.train[row] for row in np.linspace(0, len(task.train) - 1, 64).astype(int)])
 
-        def loss(params):
-            logits = jax.jit(model.apply)({"params": params}, batch["input_ids"], batch["attention_mask"])
-            return -log_softmax(np.asarray(logits), axis=1)[np.arange(64), batch["label"]].mean()
+    def loss(params):
+        logits = jax.jit(model.apply)({"params": params}, batch["input_ids"], batch["attention_mask"])
+        return -log_softmax(np.asarray(logits), axis=1)[np.arange(64), batch["label"]].mean()
 
-        assert losses.shape == (3, 3)
-        assert losses[1, 1] == pytest.approx(loss(jax.jit(method.apply)(params, trainable)), rel=1e-4)
-        corner = plane.trained + radius * (plane.directions[0] - plane.directions[1])
-        assert losses[0, 2] == pytest.approx(loss(jax.jit(plane.adapt)(params, corner)), rel=1e-4)
-        assert len(np.unique(losses)) == 9
+    models = params, *(adapted(run, params) for run in runs)
+    np.testing.assert_allclose(found.known, [loss(model) for model in models], rtol=1e-4)
+    assert found.losses.shape == (5, 5) and len(np.unique(found.losses)) == 25
+    corners = np.concatenate([[[0, 0]], found.plane.at])
+    assert (corners > [found.xs[0], found.ys[0]]).all() and (corners < [found.xs[-1], found.ys[-1]]).all()
+    x, y = found.xs[3], found.ys[1]
+    base = dict(named_leaves(params))
+    there = {name: base[name] + x * found.plane.across[name] + y * up for name, up in found.plane.up.items()}
+    assert found.losses[1, 3] == pytest.approx(loss(replace_leaves(params, there)), rel=1e-4)
+
 
 
 def test_which_two_runs(make_run):
@@ -106,10 +102,10 @@ def test_which_two_runs(make_run):
     with pytest.raises(ValueError, match="No GPart run has a LoRA run of the same model and task"):
         surface.choose([lora, other])
     with pytest.raises(ValueError, match="are of different models or tasks"):
-        surface.surfaces([lora, other], 1.0, 3, 8)
+        surface.surface([lora, other], 3, 8)
 
-
-def test_a_head_alone_has_no_plane(make_run):
-    run, (_, params, *_) = make_run("head")
-    with pytest.raises(ValueError, match="is a head alone"):
-        surface.make_plane(params, run.workdir / "adapter.safetensors", 1.0)
+def test_one_line_has_no_plane(make_run):
+    run, (_, params, *_) = make_run("gpart")
+    adapter = run.workdir / "adapter.safetensors"
+    with pytest.raises(ValueError, match="lie on one line with the base model"):
+        surface.make_plane(params, [adapter, adapter])
