@@ -73,7 +73,7 @@ def describe(config, mesh, length: int | None = None, part: str = "train") -> St
         if described["model_type"] in decoder.FAMILIES:
             model = Decoder(DecoderConfig.from_hf(described), dtype, dtype)
             rules = sharding.DECODER_TIED if model.config.tied else sharding.DECODER
-            task = Task([], [], [], None, ("loss",), INPUTS, None)
+            task = Task([], [], [], None, ("loss",), INPUTS, None, language=True)
             batch["loss_mask"] = tokens
         else:
             model = EncoderClassifier(EncoderConfig.from_hf(described), 2, dtype)

@@ -28,11 +28,7 @@ class Task(NamedTuple):
     max_length: int | None = None  # of text: tokens of the longest example allowed
     bucketed: bool = False  # whether examples of like size are trained on together
     workers: int = 0  # processes that make the training batches; 0: threads of this one
-
-    @property
-    def language(self) -> bool:
-        """Whether the examples are texts to be learned, and so scored by their loss."""
-        return self.labels is None and self.metrics == ("loss",)
+    language: bool = False  # whether the examples are texts to be learned, and so scored by their loss
 
     @property
     def better(self) -> int:

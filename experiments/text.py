@@ -40,7 +40,8 @@ def language_task(train: list[dict], validation: list[dict], test: list[dict], *
     """A task of texts to learn, with a loss_mask, by whose loss it is validated and tested."""
     collated = functools.partial(collate, pad=0, max_length=max_length)  # what pads is masked
     inputs = ("input_ids", "attention_mask", "loss_mask")
-    return Task(train, validation, test, None, ("loss",), inputs, collated, size=_tokens, max_length=max_length, bucketed=True)
+    sizes = dict(size=_tokens, max_length=max_length, bucketed=True)
+    return Task(train, validation, test, None, ("loss",), inputs, collated, language=True, **sizes)
 
 
 def _tokens(example: dict) -> int:

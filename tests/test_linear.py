@@ -70,7 +70,7 @@ def test_a_decoder_has_the_same_loss_and_gradient_either_way(name, sizes):
     model, ids = Decoder(DECODER), np.random.default_rng(0).integers(1, 64, (8, 12)).astype(np.int32)
     params = jax.jit(model.init)(jax.random.key(0), ids, ids)["params"]
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "weights": np.ones(ids.shape, np.float32)}
-    loss = make_loss(model, Task([], [], [], None, ("loss",), INPUTS, None))
+    loss = make_loss(model, Task([], [], [], None, ("loss",), INPUTS, None, language=True))
     mesh = sharding.make_mesh(sizes, jax.devices()[: 8 if sizes else 1])
     shardings = sharding.param_shardings(params, mesh, sharding.DECODER)
     found = []

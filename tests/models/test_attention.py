@@ -167,7 +167,7 @@ def batch_of(name):
 def test_models_have_the_same_loss_and_gradient_with_it_on_a_mesh(name, tensor, interpreted):
     batch, mesh = batch_of(name), sharding.make_mesh({"data": 2, "tensor": tensor}, jax.devices()[: 2 * tensor])
     language = name.startswith("decoder")
-    task = Task([], [], [], None if language else ("0", "1"), ("loss",), ("input_ids", "attention_mask", "pixel_values"), None)
+    task = Task([], [], [], None if language else ("0", "1"), ("loss",), ("input_ids", "attention_mask", "pixel_values"), None, language=language)
     example = [batch[key] for key in ("pixel_values", "input_ids", "attention_mask") if key in batch]
     params = jax.jit(MODELS[name].init)(jax.random.key(0), *example)["params"]
     method = gpart(100, 3, targets="(query|key|value|out)/kernel", stacked="^layers" if language else None)

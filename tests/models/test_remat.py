@@ -42,7 +42,7 @@ def case(name):
         method = chain(method, head("^classifier/"))
     trainable = jax.tree.map(lambda x: x + 0.05, method.init(params, jax.random.key(1)))
     labels, metrics = (None, ("loss",)) if name == "decoder" else (("0", "1"), ("accuracy",))
-    task = Task([], [], [], labels, metrics, ("input_ids", "attention_mask", "pixel_values"), None)
+    task = Task([], [], [], labels, metrics, ("input_ids", "attention_mask", "pixel_values"), None, language=name == "decoder")
     return task, params, method, trainable, batch
 
 
