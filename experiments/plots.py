@@ -16,13 +16,14 @@ from scipy.optimize import isotonic_regression  # noqa: E402
 from scipy.special import softmax  # noqa: E402
 from scipy.stats import norm  # noqa: E402
 
-from experiments.report import UNITS, in_units  # noqa: E402
-from experiments.workdir import read_json, read_lines  # noqa: E402
+from experiments.report import UNITS, in_units, label_of  # noqa: E402
+from experiments.workdir import read_lines  # noqa: E402
 from gpart_jax.methods import METHODS, SIZES  # noqa: E402
 
 # Methods take colours in alphabetical order, and those of a user's own begin again; grey is the model without any.
 _COLORS = ("#8a5a44", "#d98e04", "#3d405b", "#0b6e4f", "#7d8597", "#c1666b", "#2f6690", "#7b4b94")
 RATES = ("optimizer.lr", "optimizer.step", "optimizer.head_lr")  # what a search of a method's rate varies
+STYLES = ("-", "--", ":")  # of a method's runs
 MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of a method's variants
 
 
@@ -310,33 +311,29 @@ def _tidy(axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(workdirs: list[pathlib.Path], path: pathlib.Path) -> None:
-    """Draws training losses, accuracy against size, and of the first run each test word's rating against its logit."""
-    runs = [
-        (
-            read_json(workdir / "results.json"),
-            read_lines(workdir / "metrics.jsonl"),
-        )
-        for workdir in workdirs
-    ]
+def draw(runs: list, path: pathlib.Path) -> None:
+    """Draws runs' (report.Run) training losses, accuracy against size, and of the first each test word's rating against its logit."""
     figure, (curves, sizes, words) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for results, metrics in runs:
-        name, color = results["method"], color_of(results["method"])
-        points = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
-        curves.plot(*zip(*points), "-", color=color)
-        curves.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center")
+    ends, seen = [], collections.Counter()
+    for run in runs:
+        results, name = run.results, label_of(run)
+        color, style = color_of(results["method"]), STYLES[seen[results["method"]] % len(STYLES)]
+        seen[results["method"]] += 1
+        points = [(row["step"], row["loss"]) for row in read_lines(run.workdir / "metrics.jsonl") if "loss" in row]
+        curves.plot(*zip(*points), style, color=color)
+        ends.append((points[-1][1], name, color))
         sizes.plot(results["adapter_bytes"], 100 * results["test"], "o", color=color, markersize=10)
         sizes.annotate(
             f"{name}\n{results['trained_numbers']:,} numbers",
             (results["adapter_bytes"], 100 * results["test"]),
             xytext=(0, 12), textcoords="offset points", color=color, ha="center",
         )  # fmt: skip
-    metric = runs[0][0]["metric"]
+    metric = runs[0].results["metric"]
     curves.set(xlabel="step", ylabel="training loss", title="While training")
-    curves.margins(x=0.12)
+    _label_ends(curves, ends)
     sizes.set(xlabel="adapter on disk (bytes)", ylabel=f"test {metric} (%)", title="For its size", xscale="log")
     sizes.margins(x=0.3, y=0.3)
-    _draw_words(words, workdirs[0], runs[0][0])
+    _draw_words(words, runs[0].workdir, runs[0].results)
     for axes in (curves, sizes, words):
         _tidy(axes)
     figure.savefig(path, dpi=110)

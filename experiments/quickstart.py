@@ -1,4 +1,4 @@
-"""GPart beside LoRA and a trained head alone, on the quickstart task: three runs, one table, one picture.
+"""GPart at two sizes beside LoRA and a trained head alone, on the quickstart task: four runs, one table, one picture.
 
   python -m experiments.quickstart
 
@@ -14,19 +14,29 @@ from experiments.logger import quiet
 from experiments.train import train
 from experiments.workdir import local
 
-METHODS = ("gpart", "lora", "head")
+RUNS = {  # by folder: a method, and its d where it isn't the config's
+    "gpart": ("gpart", None),
+    "gpart-d256": ("gpart", 256),  # a theta of 1 KB
+    "lora": ("lora", None),
+    "head": ("head", None),
+}
 
 
 def main(_):
     quiet()
     workdir = local(flags.FLAGS.workdir)
-    results = [train(quickstart.get_config(method), workdir / method) for method in METHODS]
-    report.print_table(results)
+    for folder, (method, d) in RUNS.items():
+        config = quickstart.get_config(method)
+        if d:
+            config.method.d = d
+        train(config, workdir / folder)
+    runs = [run for folder in RUNS for run in report.find_runs(workdir / folder)]
+    report.print_table(runs)
     picture = workdir / "quickstart.png"
-    plots.draw([workdir / method for method in METHODS], picture)
+    plots.draw(runs, picture)
     print(f"Picture: {picture}")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/quickstart", "Directory for the three runs and the picture.")
+    flags.DEFINE_string("workdir", "runs/quickstart", "Directory for the four runs and the picture.")
     run_command(main)

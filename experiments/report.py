@@ -102,6 +102,11 @@ def label(method: dict, form: str = "{}, {} = {:,}") -> str:
     return form.format(method["name"], size[0], method[size]) if size else method["name"]
 
 
+def label_of(run: Run) -> str:
+    """gpart, d = 23,040"""
+    return label(_method(run))
+
+
 def rows(runs: list[Run]) -> list[Row]:
     """The rows of one model's table, by method, then by size, then by variant.
 
@@ -112,7 +117,7 @@ def rows(runs: list[Run]) -> list[Row]:
     """
     comparable, fields = collections.defaultdict(list), collections.defaultdict(set)
     for run in runs:
-        comparable[label(_method(run)), run.results["task"]].append(run)
+        comparable[label_of(run), run.results["task"]].append(run)
     for group in comparable.values():
         fields[group[0].results["method"]] |= _differing(group)
 
@@ -298,15 +303,17 @@ def _tex(text: str) -> str:
     return text.translate(str.maketrans(special))
 
 
-def print_table(results: list[dict]) -> None:
+def print_table(runs: list[Run]) -> None:
     """Prints a row for each run."""
-    table = rich.table.Table(title=f"{results[0]['task']}, seed {results[0]['seed']}, {results[0]['device']}")
-    table.add_column("method")
-    for name in ("trained numbers", "adapter bytes", f"test {results[0]['metric']}", "seconds a step"):
+    first = runs[0].results
+    table = rich.table.Table(title=f"{first['task']}, seed {first['seed']}, {first['device']}")
+    table.add_column("method", no_wrap=True)
+    for name in ("trained numbers", "adapter bytes", f"test {first['metric']}", "seconds a step"):
         table.add_column(name, justify="right")
-    for row in results:
+    for run in runs:
+        row = run.results
         table.add_row(
-            row["method"], f"{row['trained_numbers']:,}", f"{row['adapter_bytes']:,}",
+            label_of(run), f"{row['trained_numbers']:,}", f"{row['adapter_bytes']:,}",
             f"{100 * row['test']:.1f} %", f"{row['seconds_per_step']:.3f}",
         )  # fmt: skip
     rich.console.Console().print(table)

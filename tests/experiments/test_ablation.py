@@ -66,5 +66,6 @@ def test_optimizers_without_a_rate_beside_the_searched_length(trained, tmp_path,
 
 @pytest.mark.parametrize("task", ablation.TASKS)
 def test_each_task_has_a_config_for_each_method(task):
+    assert ablation.TASKS[task]("gpart").task.get("holdout", 0.1) > 0  # held-out data chooses
     for budget in ablation.BUDGETS.values():
         assert len(ablation.lines_of(task, budget)) == len(budget.sizes) + len(ablation.BASELINES)

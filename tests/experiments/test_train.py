@@ -526,18 +526,16 @@ def test_bad_config_gets_one_clear_error(config, tmp_path, change, message):
 
 def test_the_comparison_draws_its_table_and_its_picture(make_config, tmp_path, capsys):
     workdirs = [tmp_path / method for method in ("gpart", "lora", "head")]
-    results = []
     for workdir in workdirs:
         config = make_config(workdir.name)
         config.train.epochs = 1
-        results.append(train(config, workdir, jax.devices()[:1]))
-    report.print_table(results)
+        train(config, workdir, jax.devices()[:1])
+    runs = [report.find_runs(workdir)[0] for workdir in workdirs]
+    report.print_table(runs)
     table = capsys.readouterr().out
-    for row in results:
-        assert (
-            row["method"] in table and f"{row['trained_numbers']:,}" in table and f"{100 * row['test']:.1f} %" in table
-        )
-    plots.draw(workdirs, tmp_path / "picture.png")
+    for run, name in zip(runs, ("gpart, d = 256", "lora, r = 8", "head")):
+        assert name in table and f"{run.results['trained_numbers']:,}" in table and f"{100 * run.results['test']:.1f} %" in table
+    plots.draw(runs, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
