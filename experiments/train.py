@@ -78,7 +78,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
     optimizer = make_optimizer(schedule.total, **options)
     part, parts = sharding.data_part(mesh)
     batches = data.train_batches(
-        task, config.train.batch_size, config.train.epochs, config.seed, part=part, parts=parts
+        task, config.train.batch_size, schedule.epochs, config.seed, part=part, parts=parts
     )
     engine = Alone(config, experiment, method, optimizer, mesh)
     state = sharding.fetch(loop.initial_state(config, method, optimizer, experiment.params))
