@@ -162,7 +162,7 @@ def _table(lines: list[tuple[float, list[str]]]) -> str:
 def _own_cells(label: str, config: dict, results: dict, recipe: dict) -> list[str]:
     mine, told = identity(config), ("model.source", "task.name")
     keys = [key for key in sorted(mine.keys() | recipe.keys()) if mine.get(key) != recipe.get(key) and not key.startswith(FREE)]
-    differs = [f"{key} = {mine.get(key)}" for key in keys if key not in told]
+    differs = [f"{key} = {config.get(key)}" for key in keys if key not in told]  # `identity` leaves out what is off, such as 0
     asked = {"max_new_tokens": math.get_config("peft_bench").task.new_tokens, "problems": PROBLEMS}
     differs += [f"{name} = {results.get(name)}" for name, value in asked.items() if results.get(name) != value]
     accuracy = f"{100 * results['test']:.2f}"
