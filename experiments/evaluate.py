@@ -2,6 +2,7 @@
 
 python -m experiments.evaluate --workdir=runs/quickstart/gpart
 python -m experiments.evaluate --workdir=runs/smollm2 --benchmark=gsm8k --limit=200 [--base]
+python -m experiments.evaluate --workdir=runs/smollm2 --forgetting=LICENSE
 
 Of a run that isn't finished it scores the best that its newest checkpoint knows of. Any devices will do, in one process or, as
 for training, in several; --mesh divides a model that is too large for one.
@@ -111,10 +112,11 @@ def main(_):
         raise app.UsageError(f"{workdir} holds no run (no config.json). Train there first.")
     config = read_config(workdir)
     processes.cache_programs(config.train.get("compiled"))
-    if flags.FLAGS.forgetting is not None:
-        config.task.forgetting = flags.FLAGS.forgetting or None
-    if benchmark and task_kind(config.task.name) != LANGUAGE:
-        raise app.UsageError(f"--benchmark is for decoders, but {workdir} is a run of {config.task.name}.")
+    if flags.FLAGS.forgetting:
+        config.task.forgetting = flags.FLAGS.forgetting
+    for name in ("benchmark", "forgetting"):
+        if flags.FLAGS[name].value and task_kind(config.task.name) != LANGUAGE:
+            raise app.UsageError(f"--{name} is for decoders, but {workdir} is a run of {config.task.name}.")
     mesh = _mesh(config)
     experiment = build(config, mesh)
     origin = experiment.origin(() if benchmark else (flags.FLAGS.split,))
@@ -225,7 +227,8 @@ def _answer(
         kept |= {"method": "base", "adapter_bytes": 0}
     # As of a run, so that a report has them beside it.
     write_json(folder / "config.json", json.loads(config.to_json()))
-    found = {"task": benchmark, "metric": "accuracy", "test": share, "interval": [low, high], "problems": len(rows), "max_new_tokens": new_tokens}
+    found = {"task": benchmark, "metric": "accuracy", "test": share, "interval": [low, high]}
+    found |= {"problems": len(rows), "max_new_tokens": new_tokens}
     write_json(folder / "results.json", kept | found | {"device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"})
 
 

