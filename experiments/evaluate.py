@@ -221,10 +221,10 @@ def _answer(
     }  # fmt: skip
     if not base and (workdir / "results.json").is_file():  # beside the accuracy what it cost
         trained = read_json(workdir / "results.json")
-        kept |= {name: trained[name] for name in ("forgetting", "device_memory", "training_seconds") if name in trained}
+        kept |= {name: trained[name] for name in ("select", "forgetting", "device_memory", "training_seconds") if name in trained}
     if base:
         config.method = ml_collections.ConfigDict(dict(name="base"))
-        kept |= {"method": "base", "adapter_bytes": 0}
+        kept |= {"method": "base", "adapter_bytes": 0, "select": "no training"}
     # As of a run, so that a report has them beside it.
     write_json(folder / "config.json", json.loads(config.to_json()))
     found = {"task": benchmark, "metric": "accuracy", "test": share, "interval": [low, high]}

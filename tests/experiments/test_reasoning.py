@@ -286,7 +286,7 @@ def test_a_benchmark_asks_as_its_run_learned_and_says_what_that_cost(tiny_llama,
     rows = [json.loads(line) for line in (tmp_path / "problems" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(row["prompt"].startswith("Q ") and row["prompt"].endswith(" A") for row in rows)
     found = json.loads((tmp_path / "problems" / "results.json").read_text())
-    expected = cost | {"training_seconds": results["training_seconds"], "max_new_tokens": 3, "problems": 2}
+    expected = cost | {"training_seconds": results["training_seconds"], "max_new_tokens": 3, "problems": 2, "select": "last"}
     assert {name: found[name] for name in expected} == expected and results["steps"] == 1
 
 
