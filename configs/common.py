@@ -44,6 +44,7 @@ def optimizer() -> ml_collections.ConfigDict:
 def train(**sizes: int) -> ml_collections.ConfigDict:
     """config.train: the sizes, and what may be set beside them."""
     config = ml_collections.ConfigDict(sizes)
+    config.steps = config_dict.placeholder(int)  # in place of epochs, which are None then: how many there are
     config.validate_every = config_dict.placeholder(int)  # steps; None: each epoch
     config.patience = config_dict.placeholder(int)  # validations in a row without a better one, which end it; None: nothing does
     # Which validation's adapter is kept and tested: the best on "heldout" training data; the "last"; or the best on the test set that is

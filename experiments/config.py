@@ -21,7 +21,7 @@ _KEYS = {  # None: a value, or a section that is checked by its user
 _OPTIONAL = {
     "model": {"attention", "dropout", "remat", "shape"},
     "optimizer": {"name", "start", "step"},
-    "train": {"compiled", "export", "nonfinite", "patience", "profile", "select", "step_timeout", "validate_every", "writers"},
+    "train": {"compiled", "export", "nonfinite", "patience", "profile", "select", "step_timeout", "steps", "validate_every", "writers"},
 }
 
 
@@ -30,7 +30,8 @@ _TYPES = {  # of values that are used without a look at their type; a section is
     "seed": int, "model.source": str | None, "model.dtype": str, "method.name": str, "mesh.data": int, "mesh.fsdp": int, "mesh.tensor": int,
     "task.name": str, "task.max_length": int, "task.image_size": int, "task.holdout": _NUMBER, "task.crop": _NUMBER,
     "task.train_examples": int | None, "task.validation_examples": int | None, "task.test_examples": int, "task.data_dir": str | None,
-    "task.source": str, "train.profile": str | None, "train.compiled": str | None, "optimizer.name": str,
+    "task.source": str, "task.template": str | None, "task.characters": int | None, "task.forgetting": str | None,
+    "task.new_tokens": int | None, "train.profile": str | None, "train.compiled": str | None, "optimizer.name": str,
     "optimizer.lr": _NUMBER | None, "optimizer.step": _NUMBER | None, "optimizer.start": _NUMBER | None, "optimizer.head_lr": _NUMBER,
     "optimizer.weight_decay": _NUMBER, "optimizer.warmup": _NUMBER, "optimizer.clip": _NUMBER | None,
 }  # fmt: skip
@@ -38,7 +39,8 @@ _TYPES = {  # of values that are used without a look at their type; a section is
 
 # Keys that don't decide what is learned, but for rounding: they may change while a run is stopped. All others may not.
 OPERATIONAL = (
-    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.attention", "model.remat", "task.data_dir", "task.lengths", "task.source", "task.workers",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.attention", "model.remat", "task.data_dir", "task.forgetting", "task.lengths",
+    "task.new_tokens", "task.source", "task.workers",
     "train.eval_batch_size", "train.log_every", "train.checkpoint_every", "train.nonfinite", "train.step_timeout",
     "train.compiled", "train.export", "train.profile", "train.writers",
 )  # fmt: skip
@@ -87,7 +89,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for name in ("method", "task"):
         if f"{name}.name" not in flat:
             raise ValueError(f"config.{name} lacks the key 'name'. See configs/quickstart.py for a complete config.")
-    for key in _KEYS["train"]:
+    lengths = [key for key in ("epochs", "steps") if config.train.get(key) is not None]
+    if len(lengths) != 1:
+        raise ValueError(
+            "Set one of config.train.epochs and config.train.steps, the length of a training, and the other to None. "
+            f"{'Both are' if lengths else 'Neither is'} set."
+        )
+    for key in (*lengths, *sorted(_KEYS["train"] - {"epochs"})):
         if not isinstance(config.train[key], int) or config.train[key] < 1:
             raise ValueError(f"config.train.{key} must be a positive integer, not {config.train[key]!r}.")
     for key in ("patience", "validate_every"):
@@ -108,7 +116,9 @@ RATE_FREE = ("prodigy", "dog")  # optimizers that find their rate from the dista
 def from_flags() -> ml_collections.ConfigDict:
     """The config of --config, with what else the command line sets of it."""
     config = flags.FLAGS.config
-    settle_rate(config, config_flags.get_override_values(flags.FLAGS["config"]))
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    settle_rate(config, given)
+    settle_length(config, given)
     return config
 
 
@@ -118,6 +128,14 @@ def settle_rate(config: ml_collections.ConfigDict, given: Collection[str]) -> No
     if chosen or ("optimizer.name" in given and config.optimizer.name in RATE_FREE):
         for key in {"lr", "step"} - chosen:
             config.optimizer[key] = None
+
+
+def settle_length(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
+    """Of the ways to give a training's length, epochs and steps, leaves what `given`, the keys set by hand, name."""
+    chosen = {key for key in ("epochs", "steps") if f"train.{key}" in given}
+    for key in {"epochs", "steps"} - chosen if chosen else ():
+        if key in config.train:
+            config.train[key] = None
 
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -27,6 +27,7 @@ class Task(NamedTuple):
     size: Callable[[dict], int] | None = None  # examples of like size are evaluated together
     max_length: int | None = None  # of text: tokens of the longest example allowed
     bucketed: bool = False  # whether examples of like size are trained on together
+    other_text: Sequence[dict] = ()  # of a decoder: windows of a text whose loss tells what training made it forget
     workers: int = 0  # processes that make the training batches; 0: threads of this one
     language: bool = False  # whether the examples are texts to be learned, and so scored by their loss
 

@@ -2,6 +2,7 @@
 
 python -m experiments.evaluate --workdir=runs/quickstart/gpart
 python -m experiments.evaluate --workdir=runs/smollm2 --benchmark=gsm8k --limit=200 [--base]
+python -m experiments.evaluate --workdir=runs/smollm2 --forgetting=LICENSE
 
 Of a run that isn't finished it scores the best that its newest checkpoint knows of. Any devices will do, in one process or, as
 for training, in several; --mesh divides a model that is too large for one.
@@ -30,7 +31,7 @@ from experiments.optimizer import make_optimizer, options_of
 from experiments.step import make_outputs
 from experiments.tasks import LANGUAGE, task_kind
 from experiments.tasks.math import NEW_TOKENS
-from experiments.workdir import changes, local, read_config, write_json
+from experiments.workdir import changes, local, read_config, read_json, write_json
 from gpart_jax import load_adapter, sharding
 from gpart_jax.methods import Method, chain, from_spec, trained_numbers
 from gpart_jax.models.vocabulary import load_vocabulary
@@ -42,6 +43,17 @@ def outputs_of(experiment: Experiment, method: Method, trainable, mesh: jax.shar
     trainable, params, tables = _on_mesh(experiment, method, trainable, shardings)
     outputs = make_outputs(experiment.model, experiment.task, method, shardings)
     return lambda batch: outputs(trainable, params, batch, tables)
+
+
+def forgetting(experiment: Experiment, mesh: jax.sharding.Mesh, batch_size: int, after: float) -> dict:
+    """What training made a model forget: by how much the loss of `task.other_text`, in nats a token, rose to `after`.
+
+    Returns:
+      {"forgetting": the rise, "other_text_loss": {"before": of the base model, "after"}}.
+    """
+    task, base = experiment.task, outputs_of(experiment, chain(), {}, mesh)
+    before = metrics.score(task, task.other_text, predict(task, base, mesh, task.other_text, batch_size))["loss"]
+    return {"forgetting": after - before, "other_text_loss": {"before": before, "after": after}}
 
 
 def _on_mesh(experiment, method, trainable, shardings):
@@ -100,8 +112,11 @@ def main(_):
         raise app.UsageError(f"{workdir} holds no run (no config.json). Train there first.")
     config = read_config(workdir)
     processes.cache_programs(config.train.get("compiled"))
-    if benchmark and task_kind(config.task.name) != LANGUAGE:
-        raise app.UsageError(f"--benchmark is for decoders, but {workdir} is a run of {config.task.name}.")
+    if flags.FLAGS.forgetting:
+        config.task.forgetting = flags.FLAGS.forgetting
+    for name in ("benchmark", "forgetting"):
+        if flags.FLAGS[name].value and task_kind(config.task.name) != LANGUAGE:
+            raise app.UsageError(f"--{name} is for decoders, but {workdir} is a run of {config.task.name}.")
     mesh = _mesh(config)
     experiment = build(config, mesh)
     origin = experiment.origin(() if benchmark else (flags.FLAGS.split,))
@@ -119,7 +134,7 @@ def main(_):
         weights = origin["model's weights"]
         _answer(config, experiment._replace(params=None), adapted, trainable, weights, mesh, workdir, benchmark)
     else:
-        _score(config, experiment.task, outputs_of(experiment, method, trainable, mesh), mesh, flags.FLAGS.split)
+        _score(config, experiment, outputs_of(experiment, method, trainable, mesh), mesh, flags.FLAGS.split)
 
 
 def _mesh(config) -> jax.sharding.Mesh:
@@ -154,16 +169,21 @@ def _say(text: str) -> None:
         print(text)
 
 
-def _score(config, task: data.Task, outputs: Callable, mesh, split: str) -> None:
+def _score(config, experiment: Experiment, outputs: Callable, mesh, split: str) -> None:
+    task, size = experiment.task, config.train.eval_batch_size
     examples = getattr(task, split)
     if not examples:
         raise app.UsageError(f"This run held out no {split} examples (config.task.holdout).")
-    logits = predict(task, outputs, mesh, examples, config.train.eval_batch_size)
+    logits = predict(task, outputs, mesh, examples, size)
     for name, value in metrics.score(task, examples, logits).items():
         _say(f"{split} {name} {value:.4f} on {len(examples)} examples")
     if task.labels is not None:
         for label, value in metrics.by_class(task, examples, logits).items():
             _say(f"  {label}: {value:.4f}")
+    if task.other_text:
+        after = metrics.score(task, task.other_text, predict(task, outputs, mesh, task.other_text, size))["loss"]
+        found = forgetting(experiment, mesh, size, after)
+        _say(f"forgetting {found['forgetting']:.4f}: {config.task.forgetting} has {after:.4f} nats a token")
 
 
 def _answer(
@@ -182,13 +202,14 @@ def _answer(
     content = adapter.read_bytes() if adapter.is_file() else b"".join(leaf.tobytes() for leaf in leaves)  # of a checkpoint
     digest = hashlib.sha256(content).hexdigest()[:16]
     folder = workdir / (f"{benchmark}-base" if base else benchmark)
+    new_tokens = flags.FLAGS.max_new_tokens or config.task.get("new_tokens") or NEW_TOKENS[benchmark]
     rows = reasoning.answer_all(
         experiment.model, params, mesh, vocabulary, benchmark, examples, folder,
         settings={
             "model": config.model.source, "dtype": config.model.dtype, "adapter": None if base else digest, "weights": weights,
             "tokenizer": hashlib.sha256(vocabulary.tokenizer.to_str().encode()).hexdigest()[:16],
         },
-        batch_size=flags.FLAGS.batch, max_new_tokens=flags.FLAGS.max_new_tokens or NEW_TOKENS[benchmark], say=_say,
+        batch_size=flags.FLAGS.batch, max_new_tokens=new_tokens, template=config.task.get("template"), say=_say,
     )  # fmt: skip
     share, low, high = reasoning.accuracy(rows)
     _say(f"{benchmark} accuracy {share:.4f} ({low:.4f} to {high:.4f}) on {len(rows)} problems: {folder}")
@@ -198,12 +219,16 @@ def _answer(
         "method": config.method.name, "seed": config.seed, "trained_numbers": trained_numbers(trainable),
         "adapter_bytes": adapter.stat().st_size if adapter.is_file() else None,
     }  # fmt: skip
+    if not base and (workdir / "results.json").is_file():  # beside the accuracy what it cost
+        trained = read_json(workdir / "results.json")
+        kept |= {name: trained[name] for name in ("select", "forgetting", "device_memory", "training_seconds") if name in trained}
     if base:
         config.method = ml_collections.ConfigDict(dict(name="base"))
-        kept |= {"method": "base", "adapter_bytes": 0}
+        kept |= {"method": "base", "adapter_bytes": 0, "select": "no training"}
     # As of a run, so that a report has them beside it.
     write_json(folder / "config.json", json.loads(config.to_json()))
-    found = {"task": benchmark, "metric": "accuracy", "test": share, "interval": [low, high], "problems": len(rows)}
+    found = {"task": benchmark, "metric": "accuracy", "test": share, "interval": [low, high]}
+    found |= {"problems": len(rows), "max_new_tokens": new_tokens}
     write_json(folder / "results.json", kept | found | {"device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"})
 
 
@@ -213,9 +238,10 @@ if __name__ == "__main__":
     flags.DEFINE_float("join_timeout", 300, "Seconds in which all processes must come.", lower_bound=1)
     flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Which split to score.")
     flags.DEFINE_bool("base", False, "The base model, without what the run trained.")
+    flags.DEFINE_string("forgetting", None, "Of decoders: a text file whose loss tells what was forgotten; none: the run's own.")
     flags.DEFINE_enum("benchmark", None, list(reasoning.BENCHMARKS), "Of decoders: answer these problems instead.")
     flags.DEFINE_string("data_dir", None, "Of a benchmark: where TFDS keeps GSM8K; MATH's file or folder.")
     flags.DEFINE_integer("limit", None, "Of a benchmark: only the first so many problems.", lower_bound=1)
     flags.DEFINE_integer("batch", 16, "Of a benchmark: how many problems are answered at a time.", lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", None, "Of a benchmark: of each answer; none: the recipe's.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", None, "Of a benchmark: of each answer; none: the run's, or the recipe's.", lower_bound=1)
     run_command(main)

@@ -91,7 +91,12 @@ class Schedule(NamedTuple):
     @classmethod
     def from_options(cls, options: ml_collections.ConfigDict, task: data.Task) -> "Schedule":
         epoch = len(task.train) // options.batch_size
-        return cls(options.epochs * epoch, epoch, options.get("validate_every") or epoch)
+        return cls(options.get("steps") or options.epochs * epoch, epoch, options.get("validate_every") or epoch)
+
+    @property
+    def epochs(self) -> int:
+        """How often the data is gone through, the last time perhaps not to its end."""
+        return -(-self.total // max(1, self.epoch))  # 0 where a batch is larger than the data, which train_batches refuses
 
     def validation(self, step: int) -> int:
         """How many validations there are up to a step; that at the end is always one."""
@@ -206,7 +211,7 @@ def validate(members, engine, trained, schedule: Schedule, step: int, loggers: l
     found = {"loss": ", ".join(f"{logger.last['loss']:.4f}" for logger in loggers if "loss" in logger.last)} | {
         f"validation {name}": values for name, values in found.items()
     }
-    epochs = f"epoch {step // schedule.epoch} of {schedule.total // schedule.epoch}"
+    epochs = f"epoch {step // schedule.epoch} of {schedule.epochs}"
     at = epochs if step % schedule.epoch == 0 else f"step {step} of {schedule.total}"
     loggers[0].say("  ".join([at, *(f"{name} {values}" for name, values in found.items() if values)]))
 

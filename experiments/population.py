@@ -89,7 +89,7 @@ def _train(configs, workdirs, devices) -> None:
     members = [
         loop.Member(
             member, workdir, experiment, own,
-            data.train_batches(experiment.task, config.train.batch_size, config.train.epochs, member.seed),
+            data.train_batches(experiment.task, config.train.batch_size, schedule.epochs, member.seed),
             loop.initial_state(member, method, make_optimizer(schedule.total, **own), experiment.params),
         )
         for member, workdir, experiment, method, own in zip(configs, workdirs, experiments, methods, options)

@@ -13,6 +13,9 @@ import pathlib
 import re
 from typing import NamedTuple
 
+from configs import math
+from experiments.config import identity
+
 FOLDER = pathlib.Path(__file__).parent
 MODELS = {  # what papers call a base model: what the configs do
     "RoBERTa-base": "FacebookAI/roberta-base",
@@ -53,8 +56,24 @@ COMMANDS = {  # what fills the rows of a table of ours, on the machine that its 
     ("ViT", "ViT-base"): "python -m experiments.sweep --config=configs/vision.py:{word},base --seeds=5 --workdir=runs/vision",
     ("ViT", "ViT-large"): "python -m experiments.sweep --config=configs/vision.py:{word},large --seeds=5 --workdir=runs/vision",
     ("Math", "Llama-3.1-8B"): "python -m experiments.train --config=configs/math.py:llama31_8b --workdir=runs/llama31_8b",
+    ("Math", "Llama-3.2-3B"): "python -m experiments.train --config=configs/math.py:peft_bench --workdir=runs/bench/gpart",
     ("Math", "Gemma-7B"): "python -m experiments.train --config=configs/math.py:gemma_7b --workdir=runs/gemma_7b",
 }
+
+COLUMNS = {  # of PEFT's benchmark, and how the names of its metrics begin
+    "GSM8K (%)": "test accuracy", "forgetting (nats a token)": "forgetting", "memory (GiB)": "max accelerator memory",
+    "training (s)": "train time",
+}  # fmt: skip
+PROBLEMS = 1319  # of GSM8K's test split
+FREE = ("method.", "optimizer.lr", "optimizer.step", "task.test_examples")  # what its runs may differ in: a method's own, and our other test
+THEIRS = (
+    "Theirs: one run each, seed 0; they vary by about a point. PEFT's own ran on one L40S: memory is the most reserved, training includes "
+    "the test, forgetting is of 100 Wikipedia articles. An answer counts where a marker such as 'The answer is' names it."
+)
+OURS = (
+    "Ours: memory is the most in use, where the device tells; training is of the steps alone; forgetting is of the text that the run was "
+    "given. An answer without a marker counts too, by its last number, and ends at a new question (experiments/answers.py)."
+)
 
 
 class Figure(NamedTuple):
@@ -108,6 +127,70 @@ def method_of(name: str) -> tuple[str | None, int | None]:
     """A method's name here and its rank where one is stated: of "LoRA r=8 qv" ("lora", 8). A variant is none of ours: (None, None)."""
     match = re.fullmatch(rf"({'|'.join(METHODS)})( r=(\d+))?( qv)?", name.lower())
     return (METHODS[match[1]], int(match[3]) if match[3] else None) if match else (None, None)
+
+
+def benchmark(runs: list[tuple[str, dict, dict]]) -> str:
+    """PEFT's public benchmark (`configs/math.py:peft_bench`) with ours among its runs, by accuracy; empty where none is ours.
+
+    A run of another model or other data is of no experiment that the benchmark has, and gets a table of its own.
+
+    Args:
+      runs: what to call each, its config, flat, and its results; those that aren't answers to GSM8K after the benchmark's prompt
+        are passed over.
+    """
+    recipe = identity(math.get_config("peft_bench"))
+    ours: dict = {True: [], False: []}
+    for label, config, results in runs:
+        if config.get("task.template") == recipe["task.template"] and (results["task"], results["metric"]) == ("gsm8k", "accuracy"):
+            same = all(config[key] == recipe[key] for key in ("model.source", "task.name"))
+            ours[same].append((100 * results["test"], _own_cells(label, config, results, recipe)))
+    texts = []
+    if ours[True]:
+        texts += [_table(ours[True] + _their_cells()), f"{THEIRS}\n{OURS}"]
+    if ours[False]:
+        texts += [_table(ours[False]), "No published run is the same experiment: the model or the data is another."]
+    return "\n\n".join(["**PEFT's benchmark of MetaMathQA, tested on GSM8K**", *texts]) + "\n" if texts else ""
+
+
+def _table(lines: list[tuple[float, list[str]]]) -> str:
+    header = ["method", "trained numbers", *COLUMNS, "model", "data", "whose"]
+    cells = [header, *(cells for _, cells in sorted(lines, key=lambda line: -line[0]))]
+    first, *rest = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([first, "|---|" + "---:|" * (1 + len(COLUMNS)) + "---|---|---|", *rest])
+
+
+def _own_cells(label: str, config: dict, results: dict, recipe: dict) -> list[str]:
+    mine, told = identity(config), ("model.source", "task.name")
+    keys = [key for key in sorted(mine.keys() | recipe.keys()) if mine.get(key) != recipe.get(key) and not key.startswith(FREE)]
+    differs = [f"{key} = {config.get(key)}" for key in keys if key not in told]  # `identity` leaves out what is off, such as 0
+    asked = {"max_new_tokens": math.get_config("peft_bench").task.new_tokens, "problems": PROBLEMS}
+    differs += [f"{name} = {results.get(name)}" for name, value in asked.items() if results.get(name) != value]
+    accuracy = f"{100 * results['test']:.2f}"
+    if interval := results.get("interval"):
+        accuracy += " ({:.1f} to {:.1f})".format(*(100 * end for end in interval))
+    measured = {"forgetting": ("{:.4f}", 1), "device_memory": ("{:.2f}", 2**30), "training_seconds": ("{:.0f}", 1)}
+    numbers = [form.format(results[name] / unit) if name in results else "" for name, (form, unit) in measured.items()]
+    whose = "ours" + (f", but {', '.join(differs)}" if differs else "")
+    line = [label, f"{results['trained_numbers']:,}", accuracy, *numbers, *(config[key] or "" for key in told), whose]
+    return [f"**{cell}**" if cell else "" for cell in line]
+
+
+def _their_cells() -> list[tuple[float, list[str]]]:
+    """(accuracy, cells) of each of the benchmark's runs."""
+    found: dict = collections.defaultdict(dict)
+    for row in read():
+        whose = {"Math-PEFT-bench": "PEFT", "Math-PEFT-PR": row["source"].removeprefix("huggingface/")}.get(row["table"])
+        for column, metric in COLUMNS.items():
+            if whose and row["metric"].startswith(metric):
+                found[row["method"], row["trained_params"], whose][column] = row["value"]
+    return [
+        (
+            float(values["GSM8K (%)"]),
+            [method, f"{int(size.replace(',', '')):,}" if size else "", *(values.get(column, "") for column in COLUMNS),
+             math.MODELS["llama32_3b"][0], "metamathqa", whose],
+        )
+        for (method, size, whose), values in found.items()
+    ]  # fmt: skip
 
 
 def markdown() -> str:

@@ -54,6 +54,7 @@ def answer_all(
     settings: dict,
     batch_size: int,
     max_new_tokens: int,
+    template: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict]:
     """Answers greedily, and keeps each answer in `folder`/predictions.jsonl as soon as it is there.
@@ -65,6 +66,7 @@ def answer_all(
       settings: what the answers depend on beside what is given here; written into the folder.
       batch_size: problems answered at a time.
       max_new_tokens: of each answer.
+      template: that the model learned, as of `tasks.math.load_reasoning`.
 
     Returns:
       A row for each problem: idx, prompt, completion, ended, answer, right, correct.
@@ -72,7 +74,7 @@ def answer_all(
     Raises:
       ValueError: the folder holds answers that other settings gave, or a prompt is longer than the context.
     """
-    math.encode_prompts(vocabulary, examples)
+    math.encode_prompts(vocabulary, examples, template)
     settings = settings | {"benchmark": benchmark, "max_new_tokens": max_new_tokens}
     settings |= {"ends": list(vocabulary.ends)} if vocabulary.others else {}
     folder.mkdir(parents=True, exist_ok=True)

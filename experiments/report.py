@@ -210,6 +210,11 @@ def write_csv(runs: list[Run], path: pathlib.Path) -> None:
         writer.writerows(lines)
 
 
+def benchmark(runs: list[Run]) -> str:
+    """PEFT's benchmark with those of the runs that are of it, as `published.benchmark` has it."""
+    return published.benchmark([(label(_method(run)), run.config, run.results) for run in runs])
+
+
 def _tables(runs: list[Run]) -> tuple[dict[str, list[list[str]]], list[str]]:
     """Each model's table as lines of cells, the first the header; and the sources of the published figures in them."""
     known, sources, tables, protocols = published.read(), [], {}, set()
@@ -324,7 +329,7 @@ def write(runs: list[Run], out: pathlib.Path) -> None:
     from experiments import plots  # here, because Matplotlib takes longer than the tables
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(markdown(runs))
+    (out / "table.md").write_text("\n".join(filter(None, [markdown(runs), benchmark(runs)])))
     (out / "table.tex").write_text(latex(runs))
     write_csv(runs, out / "table.csv")
     for model, found in by_model(runs).items():
@@ -343,7 +348,7 @@ def main(_):
     if flags.FLAGS.workdir is None:
         raise ValueError("Give the folder of the runs, --workdir, or ask for --published.")
     runs = find_runs(local(flags.FLAGS.workdir))
-    print(markdown(runs))
+    print(markdown(runs), benchmark(runs), sep="\n")
     if flags.FLAGS.out:
         write(runs, local(flags.FLAGS.out))
         print(f"Tables and pictures: {flags.FLAGS.out}")

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from experiments import report
 from experiments.command import run_command
-from experiments.config import flatten, from_flags, settle_rate
+from experiments.config import flatten, from_flags, settle_length, settle_rate
 from experiments.logger import quiet
 from experiments.workdir import local
 from experiments.workers import Planned, run_all
@@ -68,6 +68,7 @@ def make_runs(
             except TypeError as error:
                 raise ValueError(f"config.{key} cannot be {value!r}: {error}.") from error
         settle_rate(cell, grid)
+        settle_length(cell, grid)
         for seed in seeds:
             cell.seed = seed  # and with it what refers to it, as the partition's in configs/glue.py
             run = Planned(cell.copy_and_resolve_references(), run_directory(cell, workdir, tuple(grid)))

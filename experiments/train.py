@@ -26,7 +26,7 @@ from experiments import data, loop, metrics, processes
 from experiments.build import Experiment, build
 from experiments.command import run_command
 from experiments.config import RATE_FREE, check_config, from_flags
-from experiments.evaluate import predict
+from experiments.evaluate import forgetting, predict
 from experiments.flops import matmul_flops
 from experiments.logger import Logger, quiet
 from experiments.optimizer import make_optimizer, options_of
@@ -78,7 +78,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, method: Met
     optimizer = make_optimizer(schedule.total, **options)
     part, parts = sharding.data_part(mesh)
     batches = data.train_batches(
-        task, config.train.batch_size, config.train.epochs, config.seed, part=part, parts=parts
+        task, config.train.batch_size, schedule.epochs, config.seed, part=part, parts=parts
     )
     engine = Alone(config, experiment, method, optimizer, mesh)
     state = sharding.fetch(loop.initial_state(config, method, optimizer, experiment.params))
@@ -163,6 +163,10 @@ def finish(
     best_epoch = best_step / schedule.epoch
     best_epoch = round(best_epoch, 2) if best_step % schedule.epoch else int(best_epoch)
     logger.say(f"test {shown} with the adapter of epoch {best_epoch}: {adapter}")
+    if task.other_text:
+        after = score(task.other_text, loaded)[0]["loss"]
+        more |= forgetting(experiment, mesh, config.train.eval_batch_size, after)
+        logger.say(f"forgetting {more['forgetting']:.4f}: {config.task.forgetting} has {after:.4f} nats a token")
     if config.train.get("export"):
         adapted = load_adapter(adapter).merge(experiment.params).params  # or an error where they aren't finite
         huggingface.export(
@@ -174,6 +178,7 @@ def finish(
         return
     write_predictions(workdir / "predictions.jsonl", task, task.test, logits)
     rows = read_lines(workdir / "metrics.jsonl")
+    memory = [row["device_memory"] for row in rows if "device_memory" in row]
     more |= {"test_by_class": metrics.by_class(task, task.test, logits)} if task.labels else {}
     if task.augment:
         from experiments.plots import draw_mistakes  # here, because Matplotlib is a fifth of a run's start
@@ -199,6 +204,8 @@ def finish(
         "adapter_bytes": adapter.stat().st_size,
         # The median leaves out the laps in which a step was compiled.
         "seconds_per_step": statistics.median(row["seconds_per_step"] for row in rows if "seconds_per_step" in row),
+        "training_seconds": training_seconds(rows),
+        **({"device_memory": max(memory)} if memory else {}),
         "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         **more,
     }
@@ -214,6 +221,12 @@ def by_protocol(rows: list[dict], task: data.Task) -> dict[str, float]:
     if held:
         steps["heldout"] = max(sorted(held), key=lambda step: task.better * held[step])
     return {protocol: found[step][f"test_{task.metrics[0]}"] for protocol, step in steps.items()}
+
+
+def training_seconds(rows: list[dict]) -> float:
+    """What all steps of a log took, with compiling, without what came between them; of a lap that was cut short its share counts."""
+    laps = [(row["step"], row["seconds_per_step"]) for row in rows if "seconds_per_step" in row]
+    return sum((step - before) * seconds for (step, seconds), (before, _) in zip(laps, [(0, 0.0), *laps]))
 
 
 def write_predictions(path: pathlib.Path, task: data.Task, examples: list[dict], logits: np.ndarray) -> None:

@@ -7,7 +7,7 @@ import pathlib
 from experiments.data import Task
 from experiments.tasks.glue import FIELDS, load_glue
 from experiments.tasks.lexicon import load_lexicon
-from experiments.tasks.math import TRAINING_DATA, load_reasoning
+from experiments.tasks.math import TRAINING_DATA, load_reasoning, read_windows
 from experiments.tasks.vision import SOURCES, load_vision
 from experiments.text import packed, with_lengths
 from gpart_jax.models.encoder import EncoderConfig
@@ -40,7 +40,8 @@ def load_task(spec: dict, where: pathlib.Path | None, seed: int) -> Task:
 
     Args:
       spec: {"name": "glue/sst2", "max_length": 64, ...}. Of all text may be given: "lengths", those of batches in tokens (None:
-        text.LENGTHS); and where a decoder learns it, "packed", whether short texts share a row of max_length tokens.
+        text.LENGTHS); and where a decoder learns it, "packed", whether short texts share a row of max_length tokens, "forgetting",
+        a text file as in `read_windows`, and "new_tokens", which `experiments.evaluate` reads.
       where: the model's directory or GGUF file. A task of images needs none.
       seed: of the held-out split, where the task makes one.
 
@@ -55,13 +56,18 @@ def load_task(spec: dict, where: pathlib.Path | None, seed: int) -> Task:
         tokenizer = read_tokenizer(where / "tokenizer.json")
         load = functools.partial(load, tokenizer, pad=EncoderConfig.from_hf(read_config(where)).pad_token_id)
     elif kind == LANGUAGE:
-        load = functools.partial(load, load_vocabulary(where, read_decoder_config(where).vocab_size))
+        vocabulary = load_vocabulary(where, read_decoder_config(where).vocab_size)
+        load = functools.partial(load, vocabulary)
+        options.pop("new_tokens", None)
     lengths = options.pop("lengths", None) if kind != IMAGES else None
     pack = options.pop("packed", False) if kind == LANGUAGE else False
+    other_text = options.pop("forgetting", None) if kind == LANGUAGE else None
     try:
         inspect.signature(load).bind(seed=seed, **options)
     except TypeError as error:
         raise ValueError(f"Task {name!r} with options {options}: {error}.") from None
     task = load(seed=seed, **options)
+    if other_text is not None:
+        task = task._replace(other_text=read_windows(vocabulary, other_text, task.max_length))
     task = packed(task, seed) if pack else task
     return task if lengths is None else with_lengths(task, lengths)

@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import re
+import string
 
 import numpy as np
 
@@ -24,8 +25,7 @@ from gpart_jax.models.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 TRAINING_DATA = ("metamathqa", "gsm8k", "problems")
-PROMPT = "Question: {question}\nAnswer:"
-TRAINING = PROMPT + " {response}"
+TEMPLATE = "Question: {question}\nAnswer: {response}"  # the authors'
 STOP = ("\nQuestion:",)  # a new one: the answer is over
 NEW_QUESTION = re.compile(r"(?:^|\n)[ \t*_#]*Question(?: \d+)?[ *_]*:")
 NEW_TOKENS = {"gsm8k": 1024, "math": 2048, "problems": 256}  # at most
@@ -41,6 +41,8 @@ def load_reasoning(
     train_examples: int | None = None,
     validation_examples: int | None = None,
     test_examples: int = 500,
+    template: str | None = None,
+    characters: int | None = None,
     source: str = "meta-math/MetaMathQA",
     data_dir: str | None = None,
 ) -> Task:
@@ -55,34 +57,62 @@ def load_reasoning(
       train_examples: only the first so many; None means all, of problems 2,000.
       validation_examples: so many are held out of those to train on; None: none, and the last epoch is tested.
       test_examples: so many, or all there are.
+      template: of a text, with {question} and, at its end, {response}; None: TEMPLATE.
+      characters: texts to train on whose "question response" has more are left out, before any are chosen; None: none are.
       source: of MetaMathQA, as in `read_metamathqa`.
       data_dir: of GSM8K, as in `read_gsm8k`.
 
     Raises:
-      FileNotFoundError, ValueError: as the readers; or too few examples.
+      FileNotFoundError, ValueError: as the readers; a template that isn't one; or too few examples.
     """
+    prompt_of(template)  # or an error, before anything is read
+
+    def short(examples):
+        return [one for one in examples if characters is None or len(f"{one['question']} {one['response']}") <= characters]
+
     if name == "gsm8k":
-        train, test = read_gsm8k("train", data_dir), read_gsm8k("test", data_dir)
+        train, test = short(read_gsm8k("train", data_dir)), read_gsm8k("test", data_dir)
     else:
         if name == "problems":
             made = make_problems((train_examples or 2000) + (validation_examples or 0) + test_examples, seed)
         else:
             made = read_metamathqa(source)
             random.Random(seed).shuffle(made)
+        made = short(made)
         test, train = made[:test_examples], made[test_examples:]
     held_out = validation_examples or 0
     if not 0 <= held_out < len(train):
-        raise ValueError(f"validation_examples = {held_out} must leave some of {len(train)} texts of {name} to train on.")
+        least = "" if characters is None else f" of at most {characters} characters (config.task.characters)"
+        raise ValueError(f"validation_examples = {held_out} must leave some of {len(train)} texts of {name}{least} to train on.")
     validation, train = train[:held_out], train[held_out:]
     if not 1 <= (train_examples or 1) <= len(train):
         raise ValueError(f"train_examples = {train_examples} must be between 1 and {len(train)}, all of {name}.")
     train, test = train[:train_examples], test[:test_examples]
     for split, examples in {"train": train, "validation": validation, "test": test}.items():
-        encode_training(vocabulary, examples, max_length, f"{name} {split}")
+        encode_training(vocabulary, examples, max_length, f"{name} {split}", template)
     return language_task(train, validation, test, max_length=max_length)
 
 
-def encode_training(vocabulary: Vocabulary, examples: list[dict], max_length: int, name: str) -> None:
+def prompt_of(template: str | None) -> str:
+    """What of a template (None: TEMPLATE) stands before the response, without the space there.
+
+    Raises:
+      ValueError: it hasn't {question} and {response} once each, the latter at its end, or has other fields.
+    """
+    template = TEMPLATE if template is None else template
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError:  # a brace alone
+        fields = []
+    if fields != ["question", "response"] or not template.endswith("{response}"):
+        raise ValueError(
+            f"config.task.template = {template!r} must have {{question}} and {{response}} once each, and end with {{response}}, as "
+            f"{TEMPLATE!r} does; any other brace is doubled."
+        )
+    return template.removesuffix("{response}").rstrip(" ")
+
+
+def encode_training(vocabulary: Vocabulary, examples: list[dict], max_length: int, name: str, template: str | None = None) -> None:
     """Adds "text", "input_ids" and "loss_mask" (int32, 1 where a token is to be learned) to the examples of split `name`.
 
     The loss is over question and answer and the token that ends the sequence, not the one that begins it. What is longer
@@ -91,7 +121,8 @@ def encode_training(vocabulary: Vocabulary, examples: list[dict], max_length: in
     begin = [] if vocabulary.bos is None else [vocabulary.bos]
     if max_length <= len(begin) + 1:
         raise ValueError(f"max_length = {max_length} leaves no room beside the tokens that begin and end a sequence.")
-    texts = [TRAINING.format(**example) for example in examples]
+    template = TEMPLATE if template is None else template
+    texts = [template.format(**example) for example in examples]
     cut = 0
     for example, text, ids in zip(examples, texts, _tokens(vocabulary, texts)):
         kept = [*ids, vocabulary.eos][-(max_length - len(begin)) :]
@@ -103,13 +134,43 @@ def encode_training(vocabulary: Vocabulary, examples: list[dict], max_length: in
         logger.warning("%s: %d of %d texts are longer than %d tokens and were cut.", name, cut, len(texts), max_length)
 
 
-def encode_prompts(vocabulary: Vocabulary, examples: list[dict]) -> None:
-    """Adds "prompt" and its "input_ids" to each example."""
+def encode_prompts(vocabulary: Vocabulary, examples: list[dict], template: str | None = None) -> None:
+    """Adds "prompt", as `prompt_of` has it, and its "input_ids" to each example."""
     begin = [] if vocabulary.bos is None else [vocabulary.bos]
-    prompts = [PROMPT.format(**example) for example in examples]
+    prompts = [prompt_of(template).format(**example) for example in examples]
     for example, prompt, ids in zip(examples, prompts, _tokens(vocabulary, prompts)):
         example["prompt"] = prompt
         example["input_ids"] = np.array(begin + ids, np.int32)
+
+
+def read_windows(vocabulary: Vocabulary, path: str | os.PathLike, max_length: int) -> list[dict]:
+    """A text file cut into windows of at most `max_length` tokens, each with "input_ids" and "loss_mask" as `encode_training` has them.
+
+    Each window begins as a text does, and none ends as one. The mask names every token of the file but the first of a window
+    that nothing stands before.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file; it is no UTF-8 text, or has less than two tokens.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no text file {path}. Set config.task.forgetting to one, or to None to measure no forgetting.")
+    try:
+        (ids,) = _tokens(vocabulary, [path.read_text(encoding="utf-8-sig")])
+    except ValueError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}). Set config.task.forgetting to one.") from error
+    begin = [] if vocabulary.bos is None else [vocabulary.bos]
+    if len(ids) < 2:
+        raise ValueError(f"{path} has {len(ids)} tokens, too few to predict any. Set config.task.forgetting to a longer text.")
+    room = max_length - len(begin)
+    windows = [ids[start : start + room] for start in range(0, len(ids), room)]
+    return [
+        {
+            "input_ids": np.array(begin + window, np.int32),
+            "loss_mask": np.array([0] * len(begin) + [1] * len(window), np.int32),
+        }
+        for window in windows
+    ]
 
 
 def _tokens(vocabulary: Vocabulary, texts: list[str]) -> list[list[int]]:

@@ -7,7 +7,13 @@ _ROBERTA = dict(
     pad_token_id=1, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, hidden_act="gelu",
 )  # fmt: skip
 _QWEN2 = dict(model_type="qwen2", vocab_size=151_936, rms_norm_eps=1e-6, rope_theta=1_000_000.0, hidden_act="silu")
-
+_LLAMA_3_2 = dict(
+    model_type="llama", vocab_size=128_256, num_key_value_heads=8, intermediate_size=8192, max_position_embeddings=131_072,
+    rms_norm_eps=1e-5, rope_theta=500_000.0, hidden_act="silu", tie_word_embeddings=True,
+    rope_scaling=dict(
+        rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192,
+    ),
+)  # fmt: skip
 _VIT = dict(model_type="vit", image_size=224, patch_size=16, num_channels=3, layer_norm_eps=1e-12, hidden_act="gelu")
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -33,6 +39,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
             original_max_position_embeddings=8192,
         ),
     ),
+    "meta-llama/Llama-3.2-1B": _LLAMA_3_2 | dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, head_dim=64),
+    "meta-llama/Llama-3.2-3B": _LLAMA_3_2 | dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, head_dim=128),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": dict(
         model_type="llama", vocab_size=32_000, hidden_size=2048, num_hidden_layers=22, num_attention_heads=32,
         num_key_value_heads=4, intermediate_size=5632, max_position_embeddings=2048, rms_norm_eps=1e-5,

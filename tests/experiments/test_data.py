@@ -1,10 +1,11 @@
 import re
 
+import ml_collections
 import numpy as np
 import pytest
 import tokenizers
 
-from experiments import data, text
+from experiments import data, loop, text
 from experiments.build import check_ids
 from experiments.tasks import load_task
 from experiments.tasks.lexicon import load_lexicon
@@ -105,6 +106,15 @@ def test_batches_go_on_from_a_saved_position():
     resumed.set_state(position)
     np.testing.assert_array_equal(rest, [batch["label"] for batch in resumed])
     assert len(rest) == 7
+
+
+@pytest.mark.parametrize("examples, batch_size, steps", [(10, 3, 7), (10, 3, 9), (5, 5, 2), (30, 4, 1)])
+def test_a_training_of_so_many_steps_has_as_many_batches(examples, batch_size, steps):
+    task, options = numbered(examples), ml_collections.ConfigDict({"epochs": None, "steps": steps, "batch_size": batch_size})
+    schedule = loop.Schedule.from_options(options, task)
+    batches = data.train_batches(task, batch_size, schedule.epochs, 3)
+    assert (schedule.total, schedule.epoch) == (steps, examples // batch_size) and schedule.validation(steps) == schedule.epochs
+    assert 0 <= len(list(batches)) - steps < schedule.epoch  # to the end of the last epoch, at most
 
 
 def test_processes_share_each_batch():

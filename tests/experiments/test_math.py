@@ -10,6 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 import tensorflow_datasets.text.gsm8k  # noqa: F401 (registers GSM8K)
 import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from experiments.answers import RULES
 from experiments.tasks import math
@@ -85,6 +87,65 @@ def test_long_examples_keep_their_end(letters, caplog):
     assert "train: 2 of 3 texts are longer than 26 tokens and were cut" in caplog.text
     with pytest.raises(ValueError, match="max_length = 2 leaves no room"):
         math.encode_training(Vocabulary(letters, 0, 1), examples, 2, "train")
+
+
+def test_a_template_is_of_training_and_of_prompts_alike(letters):
+    template = "Question: {question} Think step by step.\nAnswer:{response}"
+    (example,) = examples = [{"question": "1+{1}?", "response": "2."}]
+    math.encode_training(Vocabulary(letters, None, 1), examples, 100, "train", template)
+    assert example["text"] == "Question: 1+{1}? Think step by step.\nAnswer:2."
+    assert example["loss_mask"].all()  # question and answer
+    math.encode_prompts(Vocabulary(letters, None, 1), examples, template)
+    assert example["prompt"] == "Question: 1+{1}? Think step by step.\nAnswer:"
+    assert math.prompt_of(None) == "Question: {question}\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["", "{question}", "{response} {question}", "{question} {response}.", "{query} {response}", "{question}{idx}{response}",
+     "{question}{question}{response}", "{ {question}{response}", "{question[0]}{response}"],
+)  # fmt: skip
+def test_what_is_no_template_is_named(template):
+    with pytest.raises(ValueError, match="config.task.template = .* must have {question} and {response} once each"):
+        math.load_reasoning("problems", None, seed=0, max_length=8, template=template)
+
+
+def test_long_texts_are_left_out_before_any_are_chosen(letters, tmp_path):
+    rows = [{"query": "?" * length, "response": "."} for length in range(1, 21)]  # and a space: two characters more
+    (tmp_path / "meta.json").write_text(json.dumps(rows))
+    of = {"seed": 0, "max_length": 99, "source": str(tmp_path / "meta.json"), "test_examples": 2, "validation_examples": 3}
+    for characters, count in ((12, 10), (22, 20), (None, 20)):
+        task = math.load_reasoning("metamathqa", Vocabulary(letters, None, 1), characters=characters, **of)
+        found = [*task.train, *task.validation, *task.test]
+        assert sorted(len(example["question"]) for example in found) == list(range(1, count + 1))
+        assert (len(task.validation), len(task.test)) == (3, 2)
+    with pytest.raises(ValueError, match=r"0 texts of metamathqa of at most 2 characters \(config.task.characters\) to train on"):
+        math.load_reasoning("metamathqa", Vocabulary(letters, None, 1), characters=2, **of)
+
+
+# A text that may be forgotten
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=2, max_size=60), st.integers(3, 20), st.sampled_from([None, 0]))
+def test_windows_hold_a_text_once_in_its_order(letters, tmp_path, text, max_length, bos):
+    (tmp_path / "text").write_text(text)
+    windows = math.read_windows(Vocabulary(letters, bos, 1), tmp_path / "text", max_length)
+    begin = 0 if bos is None else 1
+    assert "".join(text_of(letters, window["input_ids"][begin:]) for window in windows) == text
+    assert {len(window["input_ids"]) for window in windows[:-1]} <= {max_length} and len(windows[-1]["input_ids"]) <= max_length
+    for window in windows:
+        assert window["loss_mask"].tolist() == [0] * begin + [1] * (len(window["input_ids"]) - begin)
+
+
+@pytest.mark.parametrize(
+    "content, message", [(None, "There is no text file"), (b"\xff\xfe\x00", "is no UTF-8 text"), (b"a", "has 1 tokens, too few")]
+)
+def test_a_text_that_cannot_be_forgotten_is_named(letters, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=f"{message}.*Set config.task.forgetting to"):
+        math.read_windows(Vocabulary(letters, None, 1), tmp_path / "text", 8)
 
 
 def test_a_completion_ends_at_a_new_question():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from experiments.config import settle_rate
+from experiments.config import settle_length, settle_rate
 from experiments.optimizer import make_optimizer, options_of
 from gpart_jax.methods import from_spec
 
@@ -102,6 +102,16 @@ def test_a_step_is_a_rate_for_each_d():
         config.optimizer.update({other: 1.0, given: 2.0})
         settle_rate(config, [f"optimizer.{given}"])
         assert config.optimizer[given] == 2.0 and config.optimizer[other] is None
+
+
+@pytest.mark.parametrize("given, other", [("steps", "epochs"), ("epochs", "steps")])
+def test_a_length_set_by_hand_takes_the_place_of_the_recipes(given, other):
+    config = quickstart.get_config()
+    config.train.update({other: 3, given: 5})
+    settle_length(config, ["train.batch_size"])
+    assert config.train[other] == 3
+    settle_length(config, [f"train.{given}"])
+    assert config.train[given] == 5 and config.train[other] is None
 
 
 @pytest.mark.parametrize(

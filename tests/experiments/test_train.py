@@ -22,7 +22,7 @@ from experiments.build import build
 from experiments.config import identity
 from experiments.signals import Interrupt
 from experiments.step import make_loss
-from experiments.train import train
+from experiments.train import train, training_seconds
 from experiments.workdir import check_workdir
 from gpart_jax import load_adapter, sharding
 from gpart_jax.targets import named_leaves
@@ -267,9 +267,14 @@ def test_it_stops_early_and_has_what_validated_best(config, tmp_path):
     assert train(config, tmp_path / "again", jax.devices()[:1])["test"] == results["test"]
 
 
+def test_the_seconds_of_a_training_are_of_its_steps():
+    rows = [{"step": 2, "seconds_per_step": 5.0}, {"step": 2, "validation_loss": 1.0}, {"step": 6, "seconds_per_step": 0.5}]
+    assert training_seconds(rows) == 2 * 5.0 + 4 * 0.5 and training_seconds([]) == 0
+
+
 def test_one_training_has_the_test_by_each_protocol(config, tmp_path):
     config.optimizer.update(lr=None, step=0.5)
-    config.train.update(select="scored", writers=())
+    config.train.update(select="scored", writers=(), epochs=None, steps=STEPS)  # which are two epochs
     results = train(config, tmp_path)
     rows = logged(tmp_path)
     tested = {row["step"]: row["test_accuracy"] for row in rows if "test_accuracy" in row}
@@ -513,6 +518,9 @@ def test_a_step_that_never_ends_ends_the_process(tiny_model, tmp_path):
         (("model", "dtype", "float99"), r"config.model.dtype must be one of float32, bfloat16, float16, not 'float99'"),
         (("mesh", "data", "x"), r"config.mesh.data = 'x' is of the wrong type: it must be int"),
         (("optimizer", "warmup", None), r"config.optimizer.warmup = None is of the wrong type: it must be int | float"),
+        (("train", "steps", 10), r"Set one of config.train.epochs and config.train.steps, .* Both are set"),
+        (("train", "epochs", None), r"Set one of config.train.epochs and config.train.steps, .* Neither is set"),
+        (("train", "epochs", 0.5), r"config.train.epochs must be a positive integer, not 0.5"),
         (("train", "patience", -1), r"config.train.patience must be a positive integer or None, not -1"),
     ],
 )

@@ -23,6 +23,8 @@ from launch.hlo import collectives
 ROOT = pathlib.Path(__file__).parents[2]
 NUMBERS = {  # of each model, as its card on the hub counts them
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
     "google/gemma-7b": 8_537_680_896,
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen2.5-3B": 3_085_938_688,
@@ -87,6 +89,13 @@ def test_a_full_size_step_is_described_without_a_weight():
     scalars = sum(leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.size == 1)
     assert dryrun.device_bytes((trainable, state)) == 4 * (3 * 524_288) + scalars
     assert dryrun.device_bytes(batch) == 3 * 8 * 2048 * 4
+
+
+@pytest.mark.parametrize("arguments, numbers", [("peft_bench", 131_072), ("peft_bench,lora", 9_175_040)])
+def test_the_benchmark_of_peft_is_described(arguments, numbers):
+    trainable, _, _, batch, *_ = dryrun.describe(math.get_config(arguments), sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})).arguments
+    assert dryrun.trained_numbers(trainable) == numbers  # of LoRA as the benchmark counts them
+    assert batch["input_ids"].shape == (4, 768)
 
 
 def test_a_step_on_images_is_described_too():
