@@ -32,8 +32,8 @@ from experiments.sweep import make_runs, parse_seeds
 from experiments.workdir import local
 from experiments.workers import Planned, run_all
 
-with (pathlib.Path(__file__).parent / "splits.csv").open(newline="") as _file:
-    SPLITS = {row["task"]: row for row in csv.DictReader(_file)}  # how many examples there are to train on, before any are held out
+# How many examples there are to train on, before any are held out.
+SPLITS = {row["task"]: row for row in csv.DictReader((pathlib.Path(__file__).parent / "splits.csv").read_text().splitlines())}
 OWN_VALIDATION = ("flowers102", "dtd", "aircraft")  # which hold out none to choose the epoch
 BENCHMARKS = {"metamathqa": ("gsm8k", "math"), "gsm8k": ("gsm8k",), "problems": ("problems",)}  # by what was trained on
 
@@ -64,6 +64,7 @@ class Row(NamedTuple):
     task: str
     method: str
     runs: list[Planned]  # one a seed
+    steps: int  # of each
     command: str  # that trains just these
 
 
@@ -100,11 +101,10 @@ def _row(options, task: str, method: str) -> Row:
         if options.limit and key in config.task and options.limit < (config.task[key] or int(SPLITS[config.task.name]["examples"]))
     ]
     runs = make_runs(config, sweeps, parse_seeds(options.seeds), local(options.workdir))
-    steps_of(runs[0].config)  # or an error
     command = ["python", "-m", "experiments.sweep", f"--config=configs/{options.table}.py:{words}", *more]
     command += [word for sweep in sweeps for word in ("--sweep", sweep)] + [f"--seeds={options.seeds}"]
     command += [f"--population={options.population}"] if options.population > 1 else []
-    return Row(task, method, runs, shlex.join([*command, f"--workdir={options.workdir}"]))
+    return Row(task, method, runs, steps_of(runs[0].config), shlex.join([*command, f"--workdir={options.workdir}"]))
 
 
 def training_examples(config: ml_collections.ConfigDict) -> int:
@@ -123,10 +123,8 @@ def steps_of(config: ml_collections.ConfigDict) -> int:
     """Of a run. A ValueError if its examples don't fill a batch."""
     examples, batch = training_examples(config), config.train.batch_size
     if examples < batch:
-        raise ValueError(
-            f"--limit leaves {config.task.name} {max(0, examples)} examples to train on beside those held out, but a batch has {batch}. "
-            "Give more."
-        )
+        left = f"{config.task.name} {max(0, examples)} examples to train on beside those held out"
+        raise ValueError(f"--limit leaves {left}, but a batch has {batch}. Give more.")
     return config.train.epochs * (examples // batch)
 
 
@@ -136,37 +134,36 @@ def dry_table(options, rows: list[Row]) -> str:
     from launch.estimate import estimate
 
     chip, mesh = options.chip, options.mesh or TABLES[options.table].mesh
-    configs, installed = [row.runs[0].config for row in rows], importlib.util.find_spec("libtpu") is not None
-    found = estimate(configs, chip, mesh, local(options.workdir) / "estimates.json") if installed else [None] * len(rows)
-    chips, clock, hours, steps = math.prod(parse_mesh(mesh).values()), CHIPS[chip].clock, [], 0
+    configs, found = [row.runs[0].config for row in rows], ["the TPU's compiler is missing: pip install libtpu."] * len(rows)
+    if importlib.util.find_spec("libtpu"):
+        found = estimate(configs, chip, mesh, local(options.workdir) / "estimates.json")
+    chips, clock, hours = math.prod(parse_mesh(mesh).values()), CHIPS[chip].clock, []
     lines = ["| task | method | runs | steps of a run | M cycles a step | device-hours | command |", "|---|---|---:|---:|---:|---:|---|"]
-    for row, config, cycles in zip(rows, configs, found):
-        all_steps, cells = steps_of(config) * len(row.runs), ("", "")
+    for row, cycles in zip(rows, found):
+        cells = " | "
         if isinstance(cycles, int):
-            hours.append(cycles * all_steps * chips / clock / 3600)
-            cells = f"{cycles / 1e6:,.1f}", f"{hours[-1]:,.2f}"
-        lines.append(f"| {row.task} | {row.method} | {len(row.runs)} | {steps_of(config):,} | {' | '.join(cells)} | `{row.command}` |")
-        steps += all_steps
+            hours.append(cycles * row.steps * len(row.runs) * chips / clock / 3600)
+            cells = f"{cycles / 1e6:,.1f} | {hours[-1]:,.2f}"
+        lines.append(f"| {row.task} | {row.method} | {len(row.runs)} | {row.steps:,} | {cells} | `{row.command}` |")
+    runs, steps = sum(len(row.runs) for row in rows), sum(row.steps * len(row.runs) for row in rows)
     total = f"{sum(hours):,.1f} device-hours" if hours else "device-hours unknown"
     of = f" for the {len(hours)} of {len(rows)} rows that have an estimate" if 0 < len(hours) < len(rows) else ""
-    lines += ["", f"**In all: {sum(len(row.runs) for row in rows)} runs, {steps:,} steps, {total}{of}.**", ""]
+    lines += ["", f"**In all: {runs} runs, {steps:,} steps, {total}{of}.**", ""]
     lines += [f"- No estimate: {reason}" for reason in dict.fromkeys(found) if isinstance(reason, str)]
-    if not installed:
-        lines.append("- Device-hours need the TPU's compiler, though no TPU: pip install libtpu.")
     if hours:
-        longest = "" if options.table == "vision" else "Every text counts as the longest allowed: shorter ones take less. "
+        longest = "" if options.table == "vision" else " A text counts as the longest allowed: shorter ones take less."
         lines.append(
-            f"- Estimated, not measured: the cycles of a training step, compiled ahead of time for {chips} {chip} ({mesh}), times steps, runs "
-            f"and chips, at {clock / 1e9:g} GHz (for the clock's source see launch/cycles.py). {longest}Left out: communication between "
-            "chips, input, evaluation, answers to benchmarks, start and compilation."
+            f"- Estimated, not measured: the cycles of a training step, compiled ahead of time for {chips} {chip} ({mesh}), times steps, "
+            f"runs and chips, at {clock / 1e9:g} GHz (for the clock's source see launch/cycles.py).{longest} Left out: communication "
+            "between chips, input, evaluation, answers to benchmarks, start and compilation."
         )
-    named = dict.fromkeys(config.task.name for config in configs)
-    counts = [f"{name} {int(SPLITS[name]['examples']):,} ({SPLITS[name]['source']})" for name in named]
-    lines += [f"- Examples to train on, before any are held out: {'; '.join(counts)}."]
+    splits = [SPLITS[name] for name in dict.fromkeys(config.task.name for config in configs)]
+    counts = "; ".join(f"{split['task']} {int(split['examples']):,} ({split['source']})" for split in splits)
+    lines.append(f"- Examples to train on, before any are held out: {counts}.")
     for task in dict.fromkeys(row.task for row in rows):
-        lines += [f"- Then, of each run on {task}: `python -m experiments.evaluate --workdir=<its folder> --benchmark={name}`."
-                  for name in BENCHMARKS.get(task, ())]  # fmt: skip
-        if _made_here(options):
+        for name in BENCHMARKS.get(task, ()):
+            lines.append(f"- Then, of each run on {task}: `python -m experiments.evaluate --workdir=<its folder> --benchmark={name}`.")
+        if options.size == "small":
             lines.append(f"- Before: `python -m experiments.train --config=configs/vision.py:{task},pretrain --workdir=runs/{task}/base`.")
     return "\n".join([title(options), "", *lines]) + "\n"
 
@@ -181,15 +178,10 @@ def title(options) -> str:
     return text + (f"\n\nA quick try: no more than {options.limit:,} examples of each task." if options.limit else "")
 
 
-def _made_here(options) -> bool:
-    """Whether the models to adapt are our own, made before on other classes."""
-    return (options.table, options.size) == ("vision", "small")
-
-
 def train_all(options, rows: list[Row]) -> dict[pathlib.Path, str]:
     """Trains what isn't finished, then has benchmarks answered. The folders of what failed, each with its error in a line."""
     failures, workdir = {}, local(options.workdir)
-    if _made_here(options):
+    if options.size == "small":  # which adapts models of our own, made on other classes
         tasks, folder = dict.fromkeys(row.task for row in rows), pathlib.Path("runs")
         failures |= run_all([Planned(vision.get_config(f"{task},pretrain"), folder / task / "base") for task in tasks], 1, folder)
     failures |= run_all([run for row in rows for run in row.runs], options.jobs, workdir, options.population)
@@ -226,8 +218,7 @@ def filled(options, rows: list[Row]) -> str:
 
 def main(_):
     quiet()
-    options, path = flags.FLAGS, local(flags.FLAGS.workdir) / "table.md"
-    rows = rows_of(options)
+    options, path, rows = flags.FLAGS, local(flags.FLAGS.workdir) / "table.md", rows_of(flags.FLAGS)
     if options.dry:
         print(f"\n{dry_table(options, rows)}")
         return
@@ -237,8 +228,7 @@ def main(_):
     print(f"\n{text}\n{path}")
     if failures:
         print(f"{len(failures)} failed. The same command tries them again; error.txt, or a benchmark's .txt, has more:")
-        for directory, error in failures.items():
-            print(f"{directory}  {error}")
+        print(*(f"{directory}  {error}" for directory, error in failures.items()), sep="\n")
         sys.exit(1)
 
 

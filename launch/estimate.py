@@ -15,8 +15,10 @@ from gpart_jax import __version__, sharding
 from launch import cycles, dryrun
 
 # Of a config's keys those that decide how long a step takes; of texts the greatest length.
-SHAPE = ("model.", "method.", "head_targets", "task.max_length", "task.image_size", "train.batch_size", "train.accumulate", "optimizer.name",
-         "optimizer.clip")  # fmt: skip
+SHAPE = (
+    "model.", "method.", "head_targets", "task.max_length", "task.image_size", "train.batch_size", "train.accumulate",
+    "optimizer.name", "optimizer.clip",
+)  # fmt: skip
 
 
 def estimate(configs: list[ml_collections.ConfigDict], chip: str, mesh: str, cache: pathlib.Path) -> list[int | str]:

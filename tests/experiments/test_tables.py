@@ -50,6 +50,7 @@ def test_steps_are_those_of_the_published_numbers(family, arguments, steps):
     assert tables.steps_of(CONFIGS[family].get_config(arguments)) == steps
 
 
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(st.integers(310, 3000), st.sampled_from([0.0, 0.15, 0.2]))
 def test_as_many_are_held_out_as_a_glue_run_does(count, share):
     config = glue.get_config("cola,base")
@@ -129,7 +130,7 @@ def test_a_program_is_compiled_once_and_hours_are_of_all_chips_runs_and_steps(co
     assert compiled == ["gpart", "lora"] and (tmp_path / "estimates.json").exists()
     assert tables.dry_table(options, tables.rows_of(options)) == text and len(compiled) == 2
     cola, rte = 17_040 * 5 * 4 / 3600, 9_920 * 5 * 4 / 3600  # a second a step on four chips
-    assert f"| cola | gpart | 5 | 17,040 | 1,500.0 | {cola:.2f} | `python -m experiments.sweep --config=configs/glue.py:cola,base,gpart" in text
+    assert f"| cola | gpart | 5 | 17,040 | 1,500.0 | {cola:.2f} | `python -m experiments.sweep --config=" in text
     assert "| rte | lora | 5 | 4,960 |  |  |" in text and "- No estimate: lora doesn't fit\n" in text
     assert f"**In all: 20 runs, 244,800 steps, {cola + rte:.1f} device-hours for the 2 of 4 rows that have an estimate.**" in text
     assert "at 1.5 GHz" in text and "Left out: communication between chips, input, evaluation" in text
@@ -141,7 +142,8 @@ def test_without_the_compiler_hours_are_blank(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     options = asked("vision", "small", tasks=["digits"], methods=["head"])
     text = tables.dry_table(options, tables.rows_of(options))
-    assert "| digits | head | 1 | 200 |  |  |" in text and "device-hours unknown" in text and "pip install libtpu" in text
+    assert "| digits | head | 1 | 200 |  |  |" in text and "device-hours unknown" in text
+    assert "- No estimate: the TPU's compiler is missing: pip install libtpu" in text
     assert "a stand-in\n\nIt stands in for the paper's google/vit-base" in text and "digits,pretrain --workdir=runs/digits/base" in text
 
 
@@ -198,13 +200,9 @@ def test_runs_and_benchmarks_fill_the_table_and_what_failed_is_tried_again(stubs
     assert tables.filled(asked("glue", "base", workdir=str(tmp_path / "none")), rows).endswith("Train there first.\n")
 
 
-def test_the_command_lists_and_refuses_in_one_line(tmp_path):
-    def run(*more):
-        command = [sys.executable, "-m", "experiments.tables", "--table=math", "--size=smollm2", f"--workdir={tmp_path}", *more]
-        return subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300)
-
-    done = run("--tasks=problems", "--dry", "--methods=lora")  # no shape of this model is published: nothing is compiled
-    assert done.returncode == 0, done.stderr
+def test_the_command_lists_what_it_would_train(tmp_path):
+    options = f"--table=math --size=smollm2 --tasks=problems --methods=lora --dry --workdir={tmp_path}".split()
+    command = [sys.executable, "-m", "experiments.tables", *options]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr  # no shape of this model is published: nothing is compiled
     assert "| problems | lora | 5 | 125 |  |  |" in done.stdout and "**In all: 5 runs, 625 steps, device-hours unknown.**" in done.stdout
-    done = run("--tasks=poems")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == "error: --tasks: 'poems' is none of gsm8k, problems."
