@@ -37,6 +37,12 @@ TOPOLOGIES = {  # of so many TPU chips
 }
 
 
+def use_no_device() -> None:
+    """Programs are only compiled: JAX and libtpu are not to look for accelerators. To be called before either starts."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    jax.config.update("jax_platforms", "cpu")
+
+
 def tpu_devices(chip: str, count: int):
     """Descriptions of so many TPU chips, from libtpu, which is to dump kernels; none of the chips need be here."""
     from jax.experimental import topologies  # only where libtpu is installed
@@ -91,8 +97,7 @@ def length_of_step(step: Step, compiled, bundles, chip: str, flops: float) -> st
 def main(_):
     quiet()
     config, chip, count = from_flags(), flags.FLAGS.chip, flags.FLAGS.devices
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # libtpu is not to look for TPUs
-    jax.config.update("jax_platforms", "cpu")
+    use_no_device()
     on_tpu = chip in TOPOLOGIES and importlib.util.find_spec("libtpu") is not None
     if not on_tpu:
         jax.config.update("jax_num_cpu_devices", count)
