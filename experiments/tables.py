@@ -54,7 +54,7 @@ TABLES = {
         tuple(vision.SMALL), common.METHODS, "data:4",
     ),
     "math": Table(
-        {size: source for size, (source, _) in reasoning.MODELS.items()}, "smollm2", ("metamathqa",), ("gsm8k", "problems"),
+        {size: source for size, (source, _) in reasoning.MODELS.items() if size != "llama32_3b"}, "smollm2", ("metamathqa",), ("gsm8k", "problems"),
         reasoning.METHODS, "data:4,tensor:2",
     ),
 }  # fmt: skip
