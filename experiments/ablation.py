@@ -4,8 +4,9 @@
   python -m experiments.report --workdir=runs/ablation/vader --out=docs/results/vader       its tables and plots
   python -m experiments.ablation --rate_free --workdir=runs/ablation                        the same, and optimizers that need no rate
 
-A search trains one seed with each value, and takes the best on held-out data; the test set chooses nothing. The length that is best on the
-mean of all d is trained with all seeds too, beside each d's own. Stop it at any time and run it again: finished runs are kept.
+A search trains one seed with each value, and takes the best on held-out data; the test set chooses nothing. While the best lies at an edge of
+the values, another is tried, a factor 2 beyond. The length that is best on the mean of all d is trained with all seeds too, beside each d's
+own. Stop it at any time and run it again: finished runs are kept.
 
 --rate_free trains Prodigy and DoG beside the searched length, all with all seeds, for some d and at two lengths of training. They start
 from config.optimizer.start, a share of |W0| that isn't searched.
@@ -32,6 +33,7 @@ from experiments.workers import Planned, run_all
 BASELINES = ("lora", "uni_lora", "vera", "fastfood", "bitfit", "full", "head")
 RATE_FREE_SIZES = (256, 4096)  # d at which optimizers without a rate are tried
 SHORT = 3  # times shorter is the second training
+FURTHER = 3  # values at most that a search tries beyond those given
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of a baseline's rate in its config
 
 
@@ -117,6 +119,32 @@ def finish(runs: list[Planned], jobs: int, workdir: pathlib.Path, population: in
         raise ValueError(f"{len(failures)} runs failed, the first in {directory}: {error}. The same command tries them again.")
 
 
+def search(lines: list[Line], jobs: int, workdir: pathlib.Path) -> list[dict[float, float]]:
+    """Of each line the held-out metric by value, in their order."""
+    for further in range(FURTHER + 1):
+        runs = [runs_of(line, line.values, 1, workdir) for line in lines]
+        finish(sum(runs, []), jobs, workdir, max(len(line.values) for line in lines))
+        scores = [{value: results(run)["validation"] for value, run in zip(line.values, own)} for line, own in zip(lines, runs)]
+        of_steps = [own for line, own in zip(lines, scores) if line.key == "optimizer.step"]
+        more = [_beyond(own) | (_beyond(mean_over(of_steps)) if line.key == "optimizer.step" else set()) for line, own in zip(lines, scores)]
+        wider = [line._replace(values=tuple(sorted({*line.values} | values))) for line, values in zip(lines, more)]
+        if wider == lines or further == FURTHER:
+            return scores
+        lines = wider
+
+
+def _beyond(scores: dict[float, float]) -> set[float]:
+    """What to try next: where the best value is the lowest or the highest, one a factor 2 beyond."""
+    best, values = max(scores, key=scores.get), sorted(scores)
+    return ({best / 2} if best == values[0] else set()) | ({best * 2} if best == values[-1] else set())
+
+
+def mean_over(scores: list[dict[float, float]]) -> dict[float, float]:
+    """The mean over lines, by each value that all of them have."""
+    shared = sorted(set.intersection(*map(set, scores)))
+    return {value: statistics.mean(of_line[value] for of_line in scores) for value in shared}
+
+
 def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
     """Trains what isn't trained yet; what was found, as written to `workdir/found.json`.
 
@@ -124,13 +152,10 @@ def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
       ValueError: a run failed; the others are kept.
     """
     lines = lines_of(task, budget)
-    searches = [runs_of(line, line.values, 1, workdir) for line in lines]
-    finish(sum(searches, []), jobs, workdir, max(len(line.values) for line in lines))
-    grid = [[results(run)["validation"] for run in runs] for runs in searches]
-    best = [line.values[scores.index(max(scores))] for line, scores in zip(lines, grid)]
-    steps = [scores for line, scores in zip(lines, grid) if line.key == "optimizer.step"]
-    means = [statistics.mean(column) for column in zip(*steps)]
-    common = budget.steps[means.index(max(means))]
+    grid = search(lines, jobs, workdir)
+    best = [max(scores, key=scores.get) for scores in grid]
+    means = mean_over([scores for line, scores in zip(lines, grid) if line.key == "optimizer.step"])
+    common = max(means, key=means.get)
 
     chosen = [runs_of(line, (value,), budget.seeds, workdir) for line, value in zip(lines, best)]
     alike = [runs_of(line, (common,), budget.seeds, workdir) for line in lines if line.key == "optimizer.step"]
@@ -138,7 +163,7 @@ def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
     found = {"task": task, "common_step": common, "base_norm": results(alike[0][0])["base_norm"], "lines": []}
     for number, (line, value, runs) in enumerate(zip(lines, best, chosen)):
         entry = {
-            "name": line.name, "key": line.key, "held_out": dict(zip(map(str, line.values), grid[number])), "chosen": value,
+            "name": line.name, "key": line.key, "held_out": grid[number], "chosen": value,
             "trained_numbers": results(runs[0])["trained_numbers"], "test": [results(run)["test"] for run in runs],
         }  # fmt: skip
         if line.key == "optimizer.step":
@@ -148,42 +173,37 @@ def ablate(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> dict:
     return found
 
 
-def compare_rate_free(task: str, budget: Budget, workdir: pathlib.Path, jobs: int) -> list[dict]:
-    """Optimizers without a rate beside the searched length: an entry for each d and length of training, as written to
-    `workdir/rate_free/<task>/found.json`. What `ablate` trained in `workdir/<task>` is taken from there.
+def compare_rate_free(found: dict, budget: Budget, workdir: pathlib.Path, jobs: int) -> list[dict]:
+    """Optimizers without a rate beside the searched length: an entry for each d and length of training, as written to `workdir/found.json`.
+
+    Args:
+      found: of `ablate`, which has the searched lengths of a whole training. Those of a short one are searched here.
 
     Raises:
       ValueError: as `ablate`.
     """
-    own = workdir / "rate_free" / task
-    plain = TASKS[task]("gpart").train.epochs
-    lines, searches = [], []
-    for epochs in (plain, max(1, plain // SHORT)):
+    make, known, entries = TASKS[found["task"]], {line["name"]: line for line in found["lines"]}, []
+    whole = make("gpart").train.epochs
+    for epochs in (whole, max(1, whole // SHORT)):
+        folder, lines = workdir / f"{epochs}-epochs", []
         for d in RATE_FREE_SIZES:
-            config = TASKS[task]("gpart")
+            config = make("gpart")
             config.method.d, config.train.epochs = d, epochs
-            line = Line(config, "optimizer.step", budget.steps, f"gpart, d = {d:,}, {epochs} epochs")
-            lines.append(line)
-            searches.append(runs_of(line, line.values, 1, workdir / task if epochs == plain else own / f"{epochs}-epochs"))
-    finish(sum(searches, []), jobs, own, len(budget.steps))
-
-    groups = []  # by line: the runs of the best length, then those of each optimizer
-    for line, runs in zip(lines, searches):
-        scores = [results(run)["validation"] for run in runs]
-        step = line.values[scores.index(max(scores))]
-        epochs = line.config.train.epochs
-        free = [runs_of(line._replace(key="optimizer.name"), (name,), budget.seeds, own / f"{epochs}-epochs") for name in RATE_FREE]
-        searched = runs_of(line, (step,), budget.seeds, workdir / task if epochs == plain else own / f"{epochs}-epochs")
-        groups.append([searched, *free])
-    finish([run for group in groups for runs in group for run in runs], jobs, own, budget.seeds)
-    found = []
-    for line, (searched, *free) in zip(lines, groups):
-        entry = {"d": line.config.method.d, "epochs": line.config.train.epochs, "step": searched[0].config.optimizer.step}
-        for name, runs in zip(("searched", *RATE_FREE), (searched, *free)):
-            entry[name] = [results(run)["test"] for run in runs]
-        found.append(entry)
-    write_json(own / "found.json", found)
-    return found
+            lines.append(Line(config, "optimizer.step", budget.steps, f"gpart, d = {d:,}"))
+        free = [[runs_of(line._replace(key="optimizer.name"), (name,), budget.seeds, folder) for name in RATE_FREE] for line in lines]
+        finish([run for of_line in free for runs in of_line for run in runs], jobs, folder, budget.seeds)
+        if epochs == whole:
+            steps, tests = zip(*((known[line.name]["chosen"], known[line.name]["test"]) for line in lines))
+        else:
+            steps = [max(scores, key=scores.get) for scores in search(lines, jobs, folder)]
+            searched = [runs_of(line, (step,), budget.seeds, folder) for line, step in zip(lines, steps)]
+            finish(sum(searched, []), jobs, folder, budget.seeds)
+            tests = [[results(run)["test"] for run in runs] for runs in searched]
+        for line, step, test, of_line in zip(lines, steps, tests, free):
+            entry = {"d": line.config.method.d, "epochs": epochs, "step": step, "searched": test}
+            entries.append(entry | {name: [results(run)["test"] for run in runs] for name, runs in zip(RATE_FREE, of_line)})
+    write_json(workdir / "found.json", entries)
+    return entries
 
 
 def rate_free_markdown(found: list[dict]) -> str:
@@ -240,7 +260,7 @@ def main(_):
         print(f"\n{task}\n\n{markdown(found)}", flush=True)
         report.write(report.find_runs(workdir / task), workdir / task / "report")
         if options.rate_free:
-            compared = compare_rate_free(task, BUDGETS[options.budget], workdir, options.jobs)
+            compared = compare_rate_free(found, BUDGETS[options.budget], workdir / "rate_free" / task, options.jobs)
             print(f"\n{task}, optimizers without a rate\n\n{rate_free_markdown(compared)}", flush=True)
 
 

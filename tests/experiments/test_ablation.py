@@ -35,13 +35,14 @@ def test_held_out_data_chooses_and_all_seeds_are_trained(trained, tmp_path):
     found = ablation.ablate("vader", BUDGET, tmp_path, 1)
     lines = {line["name"]: line for line in found["lines"]}
     assert lines["gpart, d = 64"]["chosen"] == 2.0 and lines["gpart, d = 1,024"]["chosen"] == 4.0
-    assert lines["gpart, d = 64"]["held_out"] == pytest.approx({"1.0": 0.8, "2.0": 0.9, "4.0": 0.7})
-    assert lines["lora"]["chosen"] == 0.25 * 1e-3 and lines["head"]["key"] == "optimizer.head_lr"
+    assert lines["gpart, d = 64"]["held_out"] == pytest.approx({1.0: 0.8, 2.0: 0.9, 4.0: 0.7})
+    assert set(lines["gpart, d = 1,024"]["held_out"]) == {1.0, 2.0, 4.0, 8.0}  # its best lay at an edge
+    assert lines["lora"]["chosen"] == 0.25 / 2**ablation.FURTHER * 1e-3 and lines["head"]["key"] == "optimizer.head_lr"
     assert set(lines) == {"gpart, d = 64", "gpart, d = 1,024", *ablation.BASELINES}
     assert found["common_step"] == 2.0  # means over d: 0.7, 0.8, 0.8; the shorter of two
     assert lines["gpart, d = 64"]["test"] == pytest.approx([0.502, 0.512, 0.522])
     assert lines["gpart, d = 1,024"]["test_at_common_step"] == pytest.approx([0.502, 0.512, 0.522])
-    searches, seeds = 3 * 2 + 5 * 7, 2 * (2 + 7) + 2  # of each line two more seeds; and of one d at the common step
+    searches, seeds = 3 + 4 + (5 + ablation.FURTHER) * 7, 2 * (2 + 7) + 2  # of each line two more seeds; and of one d at the common step
     assert len(trained) == searches + seeds
     assert ablation.ablate("vader", BUDGET, tmp_path, 1) == found and len(trained) == searches + seeds  # it goes on
     table = ablation.markdown(found)
@@ -49,15 +50,19 @@ def test_held_out_data_chooses_and_all_seeds_are_trained(trained, tmp_path):
     assert "The common step is 2, 2.0% of |W0| = 100.0: 2 of 2 d within one standard deviation" in table
 
 
+def test_the_mean_over_d_is_of_the_values_that_all_have():
+    assert ablation.mean_over([{1.0: 0.5, 2.0: 0.8, 4.0: 0.2}, {2.0: 0.6, 4.0: 0.4, 8.0: 0.9}]) == pytest.approx({2.0: 0.7, 4.0: 0.3})
+
+
 def test_optimizers_without_a_rate_beside_the_searched_length(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "RATE_FREE_SIZES", (64, 1024))
-    ablation.ablate("vader", BUDGET, tmp_path / "vader", 1)
+    whole = ablation.ablate("vader", BUDGET, tmp_path / "vader", 1)
     before = len(trained)
-    found = ablation.compare_rate_free("vader", BUDGET, tmp_path, 1)
+    found = ablation.compare_rate_free(whole, BUDGET, tmp_path / "free", 1)
     assert [(entry["d"], entry["epochs"], entry["step"]) for entry in found] == [(64, 3, 2), (1024, 3, 4), (64, 1, 2), (1024, 1, 4)]
     assert found[0]["searched"] == pytest.approx([0.502, 0.512, 0.522]) and found[0]["prodigy"] == pytest.approx([0.5, 0.51, 0.52])
     own = trained[before:]  # at full length the searched runs are those that ablate left; a short training is searched again
-    assert len(own) == 2 * (2 * 3) + 2 * (3 + 2 + 2 * 3)
+    assert len(own) == 2 * (2 * 3) + 2 * (3 + 2 + 2 * 3) + 1
     assert all(run.config.optimizer.step is None and run.config.optimizer.lr is None for run in own if run.config.optimizer.name != "adamw")
     table = ablation.rate_free_markdown(found)
     assert "| 64 | 3 | 2 | 51.2 ± 1.0 | 51.0 ± 1.0 | 51.0 ± 1.0 |" in table
