@@ -1,4 +1,4 @@
-"""GPart at two sizes beside LoRA and a trained head alone, on the quickstart task: four runs, one table, one picture.
+"""GPart beside LoRA and a trained head alone, on the quickstart task: three runs, one table, one picture.
 
   python -m experiments.quickstart
 
@@ -14,23 +14,15 @@ from experiments.logger import quiet
 from experiments.train import train
 from experiments.workdir import local
 
-RUNS = {  # by folder: a method, and its d where it isn't the config's
-    "gpart": ("gpart", None),
-    "gpart-d256": ("gpart", 256),  # a theta of 1 KB
-    "lora": ("lora", None),
-    "head": ("head", None),
-}
+METHODS = ("gpart", "lora", "head")
 
 
 def main(_):
     quiet()
     workdir = local(flags.FLAGS.workdir)
-    for folder, (method, d) in RUNS.items():
-        config = quickstart.get_config(method)
-        if d:
-            config.method.d = d
-        train(config, workdir / folder)
-    runs = [run for folder in RUNS for run in report.find_runs(workdir / folder)]
+    for method in METHODS:
+        train(quickstart.get_config(method), workdir / method)
+    runs = [run for method in METHODS for run in report.find_runs(workdir / method)]
     report.print_table(runs)
     picture = workdir / "quickstart.png"
     plots.draw(runs, picture)
@@ -38,5 +30,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/quickstart", "Directory for the four runs and the picture.")
+    flags.DEFINE_string("workdir", "runs/quickstart", "Directory for the three runs and the picture.")
     run_command(main)
