@@ -142,7 +142,7 @@ def benchmark(runs: list[tuple[str, dict, dict]]) -> str:
     ours: dict = {True: [], False: []}
     for label, config, results in runs:
         if config.get("task.template") == recipe["task.template"] and (results["task"], results["metric"]) == ("gsm8k", "accuracy"):
-            same = all(config[key] == recipe[key] for key in ("model.source", "task.name"))
+            same = all(config.get(key) == recipe[key] for key in ("model.source", "task.name"))
             ours[same].append((100 * results["test"], _own_cells(label, config, results, recipe)))
     texts = []
     if ours[True]:
@@ -171,7 +171,7 @@ def _own_cells(label: str, config: dict, results: dict, recipe: dict) -> list[st
     measured = {"forgetting": ("{:.4f}", 1), "device_memory": ("{:.2f}", 2**30), "training_seconds": ("{:.0f}", 1)}
     numbers = [form.format(results[name] / unit) if name in results else "" for name, (form, unit) in measured.items()]
     whose = "ours" + (f", but {', '.join(differs)}" if differs else "")
-    line = [label, f"{results['trained_numbers']:,}", accuracy, *numbers, *(config[key] or "" for key in told), whose]
+    line = [label, f"{results['trained_numbers']:,}", accuracy, *numbers, *(config.get(key) or "" for key in told), whose]
     return [f"**{cell}**" if cell else "" for cell in line]
 
 

@@ -27,6 +27,7 @@ RESULTS = {  # what tables need of results.json, and of which type it is
     "method": str, "task": str, "metric": str, "seed": int, "test": int | float, "trained_numbers": int,
     "adapter_bytes": int | None, "test_by_class": dict, "select": str,
 }  # fmt: skip
+MEASURED = {"forgetting": int | float, "device_memory": int | float, "training_seconds": int | float, "interval": list}  # where it is there
 CONFIG = {"model.source": str | None, "method.name": str}
 OF_ONE_CELL = {"seed", "method.seed", *OPERATIONAL}  # what its runs may differ in
 PROTOCOLS = {"heldout": published.HELD_OUT, "scored": published.SCORED, "last": published.LAST}
@@ -83,6 +84,9 @@ def check(runs: list[Run]) -> None:
         if size := SIZES.get(config["method.name"]):
             _check(workdir / "config.json", config, {f"method.{size}": int})
         _check(workdir / "results.json", {"test_by_class": {}, "select": "heldout"} | results, RESULTS)
+        _check(workdir / "results.json", results, {key: kind for key, kind in MEASURED.items() if key in results})
+        ends = {f"interval[{n}]": end for n, end in enumerate(results.get("interval", (0, 0)))}
+        _check(workdir / "results.json", ends, dict.fromkeys(("interval[0]", "interval[1]"), int | float))
 
 
 def _check(path: pathlib.Path, found: dict, needed: dict) -> None:

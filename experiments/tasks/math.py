@@ -146,8 +146,8 @@ def encode_prompts(vocabulary: Vocabulary, examples: list[dict], template: str |
 def read_windows(vocabulary: Vocabulary, path: str | os.PathLike, max_length: int) -> list[dict]:
     """A text file cut into windows of at most `max_length` tokens, each with "input_ids" and "loss_mask" as `encode_training` has them.
 
-    Each window begins as a text does, and none ends as one. The mask names every token of the file but the first of a window
-    that nothing stands before.
+    Each window begins as a text does, and none ends as one. The mask names every token of the file; as in any row, nothing predicts
+    the first where no token that begins a text stands before it.
 
     Raises:
       FileNotFoundError, ValueError: there is no such file; it is no UTF-8 text, or has less than two tokens.

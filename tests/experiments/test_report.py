@@ -66,6 +66,20 @@ def test_a_run_that_is_not_finished_has_no_size_and_hidden_runs_do_not_count(tmp
     assert "| gpart, d = 23,040 | 1,000 |  | 80.0 (mean 80.0; seed 42) |" in report.markdown(report.find_runs(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "damage, named",
+    [({"forgetting": "much"}, "forgetting is 'much'"), ({"device_memory": [1]}, "device_memory is"), ({"training_seconds": None}, "training_s"),
+     ({"interval": 0.1}, "interval is"), ({"interval": [0.1]}, r"interval\[1\] is 'missing'"), ({"interval": [0, "x"]}, r"interval\[1\] is 'x'")],
+)  # fmt: skip
+def test_what_a_run_cost_may_be_absent_but_not_damaged(tmp_path, damage, named):
+    finished(tmp_path / "a", "sst2,minilm", 42, 0.8)
+    assert report.benchmark(report.find_runs(tmp_path)) == ""
+    file = tmp_path / "a" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(ValueError, match=f"results.json is damaged: {named}"):
+        report.markdown(report.find_runs(tmp_path))
+
+
 def test_published_figures_of_a_recipe_stand_beside_it_with_their_protocols(tmp_path):
     finished(tmp_path / "a", "cola,base,lora", 0, 0.6, metric="matthews")
     finished(tmp_path / "b", "cola,base,lora", 1, 0.61, metric="matthews", **{"train.select": "last"})
