@@ -131,6 +131,7 @@ def draw(curve: dict, path: pathlib.Path) -> None:
         axes.annotate(name, (1, runs[name]["validation"]), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom")
     axes.axhline(curve["wanted"], color="#c1666b", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
+    axes.margins(y=0.12)  # room for the names above the lines
     found = f"d{100 * curve['share']:g} = {curve['dimension']:,}" if curve["dimension"] else "no d reaches it"
     title, metric = f"{found} (dashed: {curve['share']:.0%} of the gain)", runs["full"]["metric"]
     axes.set(xlabel="d", ylabel=f"{metric} on held-out examples", title=title)
