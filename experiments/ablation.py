@@ -12,7 +12,6 @@ own. Stop it at any time and run it again: finished runs are kept.
 from config.optimizer.start, a share of |W0| that isn't searched.
 """
 
-import json
 import pathlib
 import statistics
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from experiments.config import RATE_FREE
 from experiments.logger import quiet
 from experiments.sweep import make_runs
 from experiments.train import train
-from experiments.workdir import local, write_json
+from experiments.workdir import local, read_json, write_json
 from experiments.workers import Planned, run_all
 
 BASELINES = ("lora", "uni_lora", "vera", "fastfood", "bitfit", "full", "head")
@@ -105,7 +104,7 @@ def runs_of(line: Line, values: tuple[float, ...], seeds: int, workdir: pathlib.
 
 
 def results(run: Planned) -> dict:
-    return json.loads((run.directory / "results.json").read_text())
+    return read_json(run.directory / "results.json")
 
 
 def finish(runs: list[Planned], jobs: int, workdir: pathlib.Path, population: int) -> None:

@@ -70,10 +70,10 @@ def choose_rates(rows: list, column: tuple[str, str]) -> list:
 
     Their labels leave the rates out. A search trains one seed with each value and the chosen one with more, so that the first is common.
     """
-    found = []
+    best, found = max if column[1] not in UNITS else min, []  # of a loss less is better
     for group in _of_one_search(rows, column):
         scores = [_first_score(row, column) for row in group]
-        found += group if None in scores else [_without_rates(group[scores.index(max(scores))])]
+        found += group if None in scores else [_without_rates(group[scores.index(best(scores))])]
     return found
 
 

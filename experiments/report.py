@@ -216,7 +216,7 @@ def write_csv(runs: list[Run], path: pathlib.Path) -> None:
 
 def benchmark(runs: list[Run]) -> str:
     """PEFT's benchmark with those of the runs that are of it, as `published.benchmark` has it."""
-    return published.benchmark([(label(_method(run)), run.config, run.results) for run in runs])
+    return published.benchmark([(label_of(run), run.config, run.results) for run in runs])
 
 
 def _tables(runs: list[Run]) -> tuple[dict[str, list[list[str]]], list[str]]:

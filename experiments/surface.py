@@ -156,7 +156,7 @@ def draw(runs: list[report.Run], found: Surface, path: pathlib.Path) -> None:
     levels = np.linspace(found.losses.min(), 1.1 * found.known.max(), 22)
     filled = axes.contourf(found.xs, found.ys, found.losses, levels, cmap="viridis", extend="max")
     axes.contour(found.xs, found.ys, found.losses, levels, colors="white", linewidths=0.4, alpha=0.5)
-    names = ["W0", *(f"{row.label}, seed {run.results['seed']}" for run in runs for row in report.rows([run]))]
+    names = ["W0", *(f"{report.label_of(run)}, seed {run.results['seed']}" for run in runs)]
     colors = ["white", *(color_of(run.results["method"]) for run in runs)]
     for name, (x, y), value, color in zip(names, [(0.0, 0.0), *found.plane.at], found.known, colors):
         axes.plot(x, y, "*", color=color, markeredgecolor="white", markersize=17)

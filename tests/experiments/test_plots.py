@@ -152,6 +152,13 @@ def test_of_searched_rates_held_out_data_chooses_by_the_seed_that_all_have(figur
     assert "1 to 2 seeds" in axes.get_title()
 
 
+def test_of_losses_the_lowest_is_chosen():
+    runs = [searched("lora", 0, test, test, lr=lr, rank=8) for lr, test in ((1e-3, 1.7), (2e-3, 1.6), (4e-3, 2.0))]
+    runs = [run._replace(results=run.results | {"metric": "loss"}) for run in runs]
+    (row,) = plots.choose_rates(report.rows(runs), (COLUMN[0], "loss"))
+    assert row.cells[COLUMN[0], "loss"][0].results["test"] == 1.6
+
+
 def test_rows_without_held_out_data_all_stay():
     runs = [searched("lora", 0, test, None, lr=lr, rank=8) for lr, test in ((1e-3, 0.6), (2e-3, 0.65))]
     assert len(plots.choose_rates(report.rows(runs), COLUMN)) == 2
